@@ -1,0 +1,256 @@
+"""Settings: what the user may say (`EngineArgs`, whose fields make the command line) and what it resolves to, once.
+
+Everything has a default that works; names and meanings are vLLM's where it has the same setting. Torch-free. Classes further
+down the house are handed the numbers they need, never these objects whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmv1.errors import ConfigError
+
+DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
+HashAlgorithm = Literal["blake3", "sha256", "xxh3"]
+
+
+def _arg(default: Any, help: str, group: str = "Engine", **extra: Any) -> Any:
+    """A field of EngineArgs: its default, its help line, its heading on the command line."""
+    metadata = {"help": help, "group": group, **extra}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineArgs:
+    """The user's words. `None` means: choose for me."""
+
+    model: str = _arg("", "model directory, or an id on the Hugging Face hub", "Model", positional=True)
+    served_model_name: str | None = _arg(None, "name in the API; default: the model's", "Model")
+    dtype: DTypeName = _arg("auto", "type of weights and activations; auto: the checkpoint's, float32 on a CPU", "Model")
+    load_format: Literal["auto", "dummy"] = _arg("auto", "dummy: random weights, for benchmarks", "Model")
+    max_model_len: int | None = _arg(None, "longest prompt plus output, in tokens; default: the model's", "Model")
+    seed: int = _arg(0, "seed of dummy weights and of requests without a seed of their own", "Model")
+
+    max_num_seqs: int = _arg(256, "most requests in one step", "Scheduler")
+    max_num_batched_tokens: int | None = _arg(None, "most tokens in one step", "Scheduler")
+    scheduling_policy: Literal["fcfs", "priority"] = _arg("fcfs", "who goes first", "Scheduler")
+    max_num_encoder_tokens: int | None = _arg(None, "most picture tokens encoded in one step", "Scheduler")
+
+    block_size: int = _arg(16, "tokens in a KV block", "Memory")
+    gpu_memory_utilization: float = _arg(0.9, "share of the device's memory this server may use", "Memory")
+    kv_cache_memory_bytes: int | None = _arg(None, "size of the KV cache; default: what is left of the share", "Memory")
+    num_gpu_blocks_override: int | None = _arg(None, "number of KV blocks, whatever the memory", "Memory")
+    enable_prefix_caching: bool = _arg(True, "reuse the KV of equal prefixes, pictures included", "Memory")
+    encoder_cache_bytes: int | None = _arg(None, "size of the cache of picture embeddings on the device", "Memory")
+
+    limit_mm_per_prompt: dict[str, int] = _arg({}, "most pictures a prompt may have, as JSON: '{\"image\": 4}'", "Pictures")
+    max_pixels: int | None = _arg(None, "most pixels a picture is resized to; default: the model's", "Pictures")
+    min_pixels: int | None = _arg(None, "fewest pixels a picture is resized to; default: the model's", "Pictures")
+    preprocess_workers: int | None = _arg(None, "processes that decode and resize pictures", "Pictures")
+    preprocess_slab_gb: float | None = _arg(None, "shared memory for processed pictures, in GiB", "Pictures")
+    hash_algorithm: HashAlgorithm = _arg("blake3", "of cache keys; xxh3 only for one trusted tenant", "Pictures")
+    allowed_media_domains: list[str] = _arg([], "fetch pictures only from these hosts; default: any public one", "Pictures")
+    media_fetch_timeout_s: float = _arg(10.0, "longest download of one picture, in seconds", "Pictures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is known of the model without torch: its directory and its config.json, read once."""
+
+    path: str
+    served_model_name: str
+    architecture: str
+    hf_config: dict[str, Any]
+    dtype: Literal["bfloat16", "float16", "float32"]
+    load_format: Literal["auto", "dummy"]
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    policy: Literal["fcfs", "priority"]
+    max_num_encoder_tokens: int  # resolved to at least one largest picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    block_size: int
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+    num_gpu_blocks_override: int | None
+    enable_prefix_caching: bool
+    encoder_cache_bytes: int | None
+    hash_algorithm: HashAlgorithm
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    num_workers: int
+    slab_bytes: int | None  # None: sized from the largest and the ordinary picture
+    min_pixels: int | None
+    max_pixels: int | None
+    max_images_per_prompt: int
+    hash_algorithm: HashAlgorithm
+    allowed_media_domains: tuple[str, ...]
+    fetch_timeout_s: float
+    max_encoded_bytes: int = 20 << 20  # of one picture, as sent or fetched
+    max_image_pixels: int = 36_000_000  # of one picture as it comes, refused from its header
+    max_image_side: int = 16_384
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything resolved. Sent to the engine process as msgpack."""
+
+    model: ModelConfig
+    scheduler: SchedulerConfig
+    cache: CacheConfig
+    preprocess: PreprocessConfig
+
+
+def find_model_dir(model: str) -> Path:
+    """A local directory as it is; else a hub id, downloaded without anything that could be code. Raises ConfigError."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ConfigError(f"no model directory at '{model}', and it is no hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = type(error).__name__
+        raise ConfigError(f"'{model}' is not a local directory and could not be fetched from the hub ({reason})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the model directory; {} when there is no such file. Raises ConfigError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path.name} in the model directory cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path.name} in the model directory is not a JSON object")
+    return value
+
+
+def text_config(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of config.json: nested under text_config (v5) or flat (v4), one dict either way."""
+    nested = hf_config.get("text_config")
+    return {**hf_config, **nested} if isinstance(nested, dict) else hf_config
+
+
+def _eos_token_ids(model_dir: Path, hf_config: dict[str, Any]) -> tuple[int, ...]:
+    """The union of generation_config's and config's end-of-sequence ids, in that order."""
+    ids: list[int] = []
+    for source in (read_json(model_dir / "generation_config.json"), text_config(hf_config), hf_config):
+        eos = source.get("eos_token_id")
+        if eos is not None:
+            ids += [token for token in (eos if isinstance(eos, list) else [eos]) if token not in ids]
+    return tuple(ids)
+
+
+def _resolve_model(args: EngineArgs, *, on_cpu: bool) -> ModelConfig:
+    model_dir = find_model_dir(args.model)
+    hf_config = read_json(model_dir / "config.json")
+    if not hf_config:
+        raise ConfigError(f"'{args.model}' has no config.json")
+    architectures = hf_config.get("architectures") or [hf_config.get("model_type", "")]
+    text = text_config(hf_config)
+    derived_len = int(text.get("max_position_embeddings") or 0)
+    if not derived_len and args.max_model_len is None:
+        raise ConfigError("config.json does not say max_position_embeddings: give --max-model-len")
+    max_model_len = args.max_model_len or derived_len
+    if derived_len and max_model_len > derived_len:
+        raise ConfigError(f"--max-model-len {max_model_len} is more than the model's {derived_len}")
+    if max_model_len < 2:
+        raise ConfigError("--max-model-len must be at least 2")
+    stored = text.get("dtype") or text.get("torch_dtype") or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    dtype: Any = args.dtype if args.dtype != "auto" else ("float32" if on_cpu else stored)
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"dtype '{dtype}' is not supported: give --dtype bfloat16, float16 or float32")
+    return ModelConfig(
+        path=str(model_dir),
+        served_model_name=args.served_model_name or args.model,
+        architecture=str(architectures[0]),
+        hf_config=hf_config,
+        dtype=dtype,
+        load_format=args.load_format,
+        max_model_len=max_model_len,
+        eos_token_ids=_eos_token_ids(model_dir, hf_config),
+        vocab_size=int(text.get("vocab_size") or 0),
+        seed=args.seed,
+    )
+
+
+def has_cuda_device() -> bool:
+    """Whether this machine has an NVIDIA device this process may use, found out without importing torch."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and Path("/proc/driver/nvidia/version").exists()
+
+
+def resolve(args: EngineArgs) -> EngineConfig:
+    """Check the user's words and fill in what they left open. Raises ConfigError with what to change."""
+    on_cpu = not has_cuda_device()
+    model = _resolve_model(args, on_cpu=on_cpu)
+    for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_num_encoder_tokens", "num_gpu_blocks_override"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0.0 < args.gpu_memory_utilization <= 1.0:
+        raise ConfigError("--gpu-memory-utilization must be above 0 and at most 1")
+    unknown = set(args.limit_mm_per_prompt) - {"image"}
+    if unknown:
+        raise ConfigError(f"--limit-mm-per-prompt knows only 'image', not {sorted(unknown)}")
+    max_num_batched_tokens = args.max_num_batched_tokens or (2048 if on_cpu else 8192)
+    if max_num_batched_tokens < args.max_num_seqs and args.max_num_batched_tokens is None:
+        max_num_batched_tokens = args.max_num_seqs
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return EngineConfig(
+        model=model,
+        scheduler=SchedulerConfig(
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            policy=args.scheduling_policy,
+            max_num_encoder_tokens=args.max_num_encoder_tokens or max_num_batched_tokens,
+        ),
+        cache=CacheConfig(
+            block_size=args.block_size,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+            num_gpu_blocks_override=args.num_gpu_blocks_override,
+            enable_prefix_caching=args.enable_prefix_caching,
+            encoder_cache_bytes=args.encoder_cache_bytes,
+            hash_algorithm=args.hash_algorithm,
+        ),
+        preprocess=PreprocessConfig(
+            num_workers=args.preprocess_workers or max(1, min(8, cores // 2)),
+            slab_bytes=None if args.preprocess_slab_gb is None else int(args.preprocess_slab_gb * (1 << 30)),
+            min_pixels=args.min_pixels,
+            max_pixels=args.max_pixels,
+            max_images_per_prompt=args.limit_mm_per_prompt.get("image", 16),
+            hash_algorithm=args.hash_algorithm,
+            allowed_media_domains=tuple(args.allowed_media_domains),
+            fetch_timeout_s=args.media_fetch_timeout_s,
+        ),
+    )
+
+
+def replace_scheduler(config: EngineConfig, **changes: Any) -> EngineConfig:
+    """`config` with some scheduler numbers replaced (the engine raises the encoder budget to one largest picture)."""
+    return dataclasses.replace(config, scheduler=dataclasses.replace(config.scheduler, **changes))
