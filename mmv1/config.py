@@ -6,7 +6,6 @@ down the house are handed the numbers they need, never these objects whole.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
@@ -71,6 +70,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float16", "float32"]
     load_format: Literal["auto", "dummy"]
     max_model_len: int
+    max_model_len_is_given: bool  # by the user: it is then not lowered to what memory holds
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     seed: int
@@ -193,6 +193,7 @@ def _resolve_model(args: EngineArgs, *, on_cpu: bool) -> ModelConfig:
         dtype=dtype,
         load_format=args.load_format,
         max_model_len=max_model_len,
+        max_model_len_is_given=args.max_model_len is not None,
         eos_token_ids=_eos_token_ids(model_dir, hf_config),
         vocab_size=int(text.get("vocab_size") or 0),
         seed=args.seed,
@@ -249,8 +250,3 @@ def resolve(args: EngineArgs) -> EngineConfig:
             fetch_timeout_s=args.media_fetch_timeout_s,
         ),
     )
-
-
-def replace_scheduler(config: EngineConfig, **changes: Any) -> EngineConfig:
-    """`config` with some scheduler numbers replaced (the engine raises the encoder budget to one largest picture)."""
-    return dataclasses.replace(config, scheduler=dataclasses.replace(config.scheduler, **changes))

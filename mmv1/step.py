@@ -11,6 +11,9 @@ import msgspec
 
 from mmv1.types import MMFeature, SamplingParams, TokenLogprobs
 
+# The encoder cache is laid out in pages of this many embedding rows: the ledger and the store round alike.
+ENCODER_CACHE_PAGE_ROWS = 16
+
 
 class NewRequestData(msgspec.Struct, array_like=True):
     """A request the workers do not know (or have forgotten after a preemption), in full.

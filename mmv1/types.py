@@ -2,7 +2,7 @@
 
 A request never carries pixels: it carries `MMFeature`s, about 100 bytes each, and the pixels are found by hash (idea 1 of
 docs/architecture.md). Every edge is a one-way stream of a tagged union: `EngineCoreInput` towards the core,
-`EngineCoreOutputs` back.
+`EngineCoreMessage` back.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Pong(msgspec.Struct, frozen=True, array_like=True):
     oldest_step_age_s: float
 
 
-class EngineCoreOutputs(msgspec.Struct, kw_only=True, omit_defaults=True):
+class EngineCoreOutputs(msgspec.Struct, kw_only=True, omit_defaults=True, tag="news"):
     """All the core has to say after one step (or one message), in one frame."""
 
     outputs: list[EngineCoreOutput] = []
@@ -174,11 +174,11 @@ class EngineCoreOutputs(msgspec.Struct, kw_only=True, omit_defaults=True):
     pixel_releases: list[bytes] = []  # hashes whose pixels the core no longer holds or awaits
     stats: SchedulerStats | None = None
     pong: Pong | None = None
-    error: str | None = None  # the engine is dead, for this reason; nothing follows
 
 
-class EngineReady(msgspec.Struct, kw_only=True):
-    """The core's first message: the model is loaded and memory is laid out. `error` set: start-up failed, in one sentence."""
+class EngineReady(msgspec.Struct, kw_only=True, tag="engine_ready"):
+    """The core's first message: the model is loaded and memory is laid out. `error` set: the settings or the model directory
+    cannot work, in one sentence."""
 
     max_model_len: int = 0
     num_kv_blocks: int = 0
@@ -188,3 +188,12 @@ class EngineReady(msgspec.Struct, kw_only=True):
     device: str = ""
     dtype: str = ""
     error: str | None = None
+
+
+class EngineDead(msgspec.Struct, tag="engine_dead"):
+    """The core's last message: it cannot go on, for this reason."""
+
+    reason: str
+
+
+EngineCoreMessage = EngineReady | EngineCoreOutputs | EngineDead

@@ -1,0 +1,25 @@
+# make demo   set up what is missing, start the engine on a small model and ask it about two pictures
+# make test   set up what is missing and run every test
+.PHONY: demo test lint lock setup clean
+.DEFAULT_GOAL := test
+
+demo: setup
+	.venv/bin/python examples/demo.py
+
+test: setup
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+setup:
+	@bash scripts/setup.sh
+
+# Versions stay as they are unless pyproject.toml asks for others; `rm requirements.lock` first to take the newest.
+lock: setup
+	PATH="$$PATH:$(CURDIR)/.tools/uv/bin" uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
+	    --generate-hashes --no-emit-index-url --no-header --quiet -o requirements.lock
+
+clean:
+	rm -rf .venv .tools build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,250 @@
+"""One chat request, from the decoded JSON to the bytes of its answer: conversation, sampling parameters, full answer or events.
+
+Both forms are async generators of bytes: a full answer yields once, a stream once per output. An error before the first yield
+is raised, so that it can still become an HTTP status; later the stream ends with an error event and no `[DONE]`. Closing the
+generator aborts the request in the engine.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from mmv1.api.metrics import Metrics
+from mmv1.api.protocol import (
+    AssistantMessage,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    Choice,
+    ChoiceLogprobs,
+    ChunkChoice,
+    Delta,
+    MinP,
+    PromptTokensDetails,
+    RepetitionPenalty,
+    Temperature,
+    TextPart,
+    TokenLogprob,
+    TopK,
+    TopLogprob,
+    TopP,
+    Usage,
+    encode,
+    encode_event,
+    error_of,
+)
+from mmv1.config import read_json
+from mmv1.engine.output_processor import CompletionOutput, PositionLogprobs, RequestOutput
+from mmv1.errors import ConfigError, MMV1Error, RequestError
+from mmv1.log import logger
+from mmv1.preprocess import prompt
+from mmv1.types import SamplingParams
+
+if TYPE_CHECKING:
+    from mmv1.engine.async_llm import AsyncLLM
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True):
+    """What a request does not say: the model directory's generation_config.json decides, then OpenAI's defaults."""
+
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+
+    @classmethod
+    def of_model(cls, model_dir: str) -> SamplingDefaults:
+        """Raises ConfigError when the file's values are no sampling parameters."""
+        given = read_json(Path(model_dir) / "generation_config.json")
+        known = {name: given[name] for name in cls.__struct_fields__ if given.get(name) is not None}
+        try:
+            return msgspec.convert(known, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"generation_config.json in the model directory cannot be used: {error}") from error
+
+
+def to_conversation(request: ChatCompletionRequest) -> list[prompt.Message]:
+    """The messages for the chat template. A picture stays the URL it came as; OpenAI's developer role is the system's."""
+    conversation = []
+    for message in request.messages:
+        role = "system" if message.role == "developer" else message.role
+        content: str | list[prompt.TextPart | prompt.ImagePart]
+        if isinstance(message.content, str):
+            content = message.content
+        else:
+            content = [
+                prompt.TextPart(part.text) if isinstance(part, TextPart) else prompt.ImagePart(part.image_url.url)
+                for part in message.content
+            ]
+        conversation.append(prompt.Message(role, content))
+    return conversation
+
+
+def to_sampling_params(request: ChatCompletionRequest, defaults: SamplingDefaults, vocab_size: int) -> SamplingParams:
+    """Raises RequestError for a stop token id outside the vocabulary."""
+    stop_token_ids = tuple(request.stop_token_ids or ())
+    if any(token_id >= vocab_size for token_id in stop_token_ids):
+        raise RequestError(f"stop_token_ids: the vocabulary has {vocab_size} tokens", param="stop_token_ids")
+    chosen = {
+        name: getattr(defaults, name) if getattr(request, name) is None else getattr(request, name)
+        for name in SamplingDefaults.__struct_fields__
+    }
+    return SamplingParams(
+        **chosen,
+        n=request.n or 1,
+        seed=request.seed,
+        max_tokens=request.max_completion_tokens or request.max_tokens,
+        stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
+        stop_token_ids=stop_token_ids,
+        ignore_eos=bool(request.ignore_eos),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        skip_special_tokens=request.skip_special_tokens is not False,
+        include_stop_str_in_output=bool(request.include_stop_str_in_output),
+    )
+
+
+def to_logprobs(positions: list[PositionLogprobs] | None) -> ChoiceLogprobs | None:
+    if positions is None:
+        return None
+    return ChoiceLogprobs(
+        [
+            TokenLogprob(
+                position.sampled.token,
+                position.sampled.logprob,
+                list(position.sampled.utf8),
+                [TopLogprob(top.token, top.logprob, list(top.utf8)) for top in position.top],
+            )
+            for position in positions
+        ]
+    )
+
+
+class ChatAnswer:
+    """The answer to one request. Use `full` or `events`, once."""
+
+    def __init__(self, llm: AsyncLLM, request: ChatCompletionRequest, defaults: SamplingDefaults, metrics: Metrics) -> None:
+        self._llm = llm
+        self._request = request
+        self._conversation = to_conversation(request)
+        self._params = to_sampling_params(request, defaults, llm.config.model.vocab_size)
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._timer = metrics.start_request()
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
+        self._num_completion_tokens = 0
+
+    async def full(self) -> AsyncGenerator[bytes, None]:
+        choices = [Choice(index, AssistantMessage(""), None, None) for index in range(self._params.n)]
+        texts: list[list[str]] = [[] for _ in choices]
+        async with aclosing(self._outputs()) as outputs:
+            async for output in outputs:
+                for news in output.outputs:
+                    texts[news.index].append(news.text)
+                    self._extend(choices[news.index], news)
+        for choice, text in zip(choices, texts, strict=True):
+            choice.message.content = "".join(text)
+        yield encode(
+            ChatCompletion(id=self._id, created=self._created, model=self._request.model, choices=choices, usage=self._usage())
+        )
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        options = self._request.stream_options
+        include_usage = options is not None and bool(options.include_usage)
+        started: set[int] = set()
+        try:
+            async with aclosing(self._outputs()) as outputs:
+                async for output in outputs:
+                    if events := self._events_of(output, started):
+                        yield events
+        except Exception as error:
+            if not started:
+                raise
+            if not isinstance(error, MMV1Error):
+                logger.exception("A stream failed")
+            yield encode_event(error_of(error)[1])
+            return
+        if include_usage:
+            yield self._event([], self._usage())
+        yield b"data: [DONE]\n\n"
+
+    async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
+        """The engine's outputs, counted and timed; an output that carries an error is raised."""
+        request = self._request
+        outputs = self._llm.generate(
+            self._conversation,
+            self._params,
+            request_id=self._id,
+            priority=request.priority or 0,
+            cache_salt=request.cache_salt or "",
+        )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if output.error is not None:
+                        raise output.error
+                    num_new_tokens = sum(len(news.token_ids) for news in output.outputs)
+                    self._num_prompt_tokens = output.num_prompt_tokens
+                    self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
+                    self._num_completion_tokens += num_new_tokens
+                    self._timer.output(output.num_prompt_tokens, num_new_tokens)
+                    for news in output.outputs:
+                        if news.finish_reason is not None:
+                            self._timer.finish(news.finish_reason)
+                    yield output
+        except Exception:
+            self._timer.finish("error")
+            raise
+        finally:
+            self._timer.finish_unless_finished("abort")
+
+    def _extend(self, choice: Choice, news: CompletionOutput) -> None:
+        logprobs = to_logprobs(news.logprobs)
+        if logprobs is not None:
+            if choice.logprobs is None:
+                choice.logprobs = logprobs
+            else:
+                choice.logprobs.content += logprobs.content
+        if news.finish_reason is not None:
+            choice.finish_reason, choice.stop_reason = news.finish_reason, news.stop_reason
+
+    def _events_of(self, output: RequestOutput, started: set[int]) -> bytes:
+        """The role first, then what is new; nothing for tokens that have no text yet."""
+        events = []
+        options = self._request.stream_options
+        usage: Usage | UnsetType | None = UNSET
+        if options is not None and options.include_usage:
+            usage = self._usage() if options.continuous_usage_stats else None
+        for news in output.outputs:
+            if news.index not in started:
+                started.add(news.index)
+                events.append(self._event([ChunkChoice(news.index, Delta(role="assistant", content=""))], usage))
+            if not news.text and news.logprobs is None and news.finish_reason is None:
+                continue
+            delta = Delta(content=news.text) if news.text or news.logprobs is not None else Delta()
+            choice = ChunkChoice(news.index, delta, to_logprobs(news.logprobs), news.finish_reason)
+            if news.finish_reason is not None:
+                choice.stop_reason = news.stop_reason
+            events.append(self._event([choice], usage))
+        return b"".join(events)
+
+    def _event(self, choices: list[ChunkChoice], usage: Usage | UnsetType | None) -> bytes:
+        return encode_event(
+            ChatCompletionChunk(id=self._id, created=self._created, model=self._request.model, choices=choices, usage=usage)
+        )
+
+    def _usage(self) -> Usage:
+        prompt_tokens, completion_tokens = self._num_prompt_tokens, self._num_completion_tokens
+        details = PromptTokensDetails(self._num_cached_tokens)
+        return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, details)

@@ -1,0 +1,173 @@
+"""What /metrics and the statistics line say. Names are vLLM's with the prefix `mmv1:`, in a registry of this server's own.
+
+Counters of the engine and the preprocessor are kept there, cumulative, and read when somebody asks; only what a client feels
+(latencies, finished requests, prompt tokens) is counted here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from mmv1.types import SchedulerStats
+
+_SECONDS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+
+# name on /metrics, field of SchedulerStats, help
+_GAUGES = (
+    ("num_requests_running", "num_running", "Requests in the engine's batch"),
+    ("num_requests_waiting", "num_waiting", "Requests waiting for the engine's batch"),
+    ("encoder_cache_bytes", "encoder_cache_bytes", "Bytes of picture embeddings kept, referenced or not"),
+    ("encoder_cache_capacity_bytes", "encoder_cache_capacity_bytes", "Size of the encoder cache"),
+)
+_COUNTERS = (
+    ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
+    ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache"),
+    ("encoder_cache_queries", "encoder_cache_queries", "Pictures a request needed embedded"),
+    ("encoder_cache_hits", "encoder_cache_hits", "Pictures found in the encoder cache"),
+    ("images_encoded", "num_images_encoded", "Pictures run through the vision tower"),
+    ("pixel_requests", "num_pixel_requests", "Pictures whose pixels the engine asked for"),
+    ("num_preemptions", "num_preemptions", "Requests put back to waiting for want of KV blocks"),
+    ("prompt_tokens_computed", "num_prompt_tokens_computed", "Prompt tokens run through the model"),
+    ("generation_tokens", "num_generation_tokens", "Tokens generated"),
+    ("engine_steps", "num_steps", "Steps of the engine"),
+)
+
+ReadStats = Callable[[], SchedulerStats]
+ReadCounters = Callable[[], Mapping[str, float]]
+
+
+def kv_cache_usage(stats: SchedulerStats) -> float:
+    """The share of KV blocks that live requests hold, 0 to 1."""
+    return stats.num_kv_blocks_used / stats.num_kv_blocks if stats.num_kv_blocks else 0.0
+
+
+class _EngineCollector:
+    """Reads the engine's and the preprocessor's own counters at each scrape."""
+
+    def __init__(self, model_name: str, read_stats: ReadStats, read_counters: ReadCounters) -> None:
+        self._label = [model_name]
+        self._read_stats = read_stats
+        self._read_counters = read_counters
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._read_stats()
+        for name, field, text in _GAUGES:
+            yield self._gauge(name, text, getattr(stats, field))
+        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks that live requests hold, 0 to 1", kv_cache_usage(stats))
+        for name, field, text in _COUNTERS:
+            yield self._counter(name, text, getattr(stats, field))
+        for name, value in self._read_counters().items():
+            yield self._counter(f"preprocess_{name}", f"Preprocessing of pictures: {name.replace('_', ' ')}", value)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"mmv1:{name}", text, labels=["model_name"])
+        family.add_metric(self._label, value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"mmv1:{name}", text, labels=["model_name"])
+        family.add_metric(self._label, value)
+        return family
+
+
+class Metrics:
+    """One server's metrics. `start_request` opens the clock of a client's request."""
+
+    def __init__(self, model_name: str, read_stats: ReadStats, read_counters: ReadCounters) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(model_name, read_stats, read_counters))
+        self._model_name = model_name
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests, cached ones included")
+        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Request to first token", _SECONDS)
+        self.inter_token_latency = self._histogram("inter_token_latency_seconds", "Time from token to token", _TOKEN_SECONDS)
+        self.e2e_latency = self._histogram("e2e_request_latency_seconds", "Request to the end of its answer", _SECONDS)
+        self._success = Counter(
+            "mmv1:request_success",
+            "Answers by how they ended: stop, length, abort, error",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"mmv1:{name}", text, ["model_name"], registry=self._registry).labels(self._model_name)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(f"mmv1:{name}", text, ["model_name"], registry=self._registry, buckets=buckets)
+        return family.labels(self._model_name)
+
+    def start_request(self) -> RequestTimer:
+        return RequestTimer(self)
+
+    def count_finished(self, reason: str) -> None:
+        self._success.labels(self._model_name, reason).inc()
+
+    def render(self) -> bytes:
+        """Prometheus's text format, version 0.0.4."""
+        return generate_latest(self._registry)
+
+
+class RequestTimer:
+    """The clock of one client's request."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._start = time.perf_counter()
+        self._last_token: float | None = None
+        self._finished = False
+
+    def output(self, num_prompt_tokens: int, num_new_tokens: int) -> None:
+        now = time.perf_counter()
+        if self._last_token is None:
+            self._metrics.time_to_first_token.observe(now - self._start)
+            self._metrics.prompt_tokens.inc(num_prompt_tokens)
+        elif num_new_tokens:
+            self._metrics.inter_token_latency.observe(now - self._last_token)
+        self._last_token = now
+
+    def finish(self, reason: str) -> None:
+        """One answer ended; of n answers to one prompt, each is counted."""
+        self._finished = True
+        self._metrics.count_finished(reason)
+        self._metrics.e2e_latency.observe(time.perf_counter() - self._start)
+
+    def finish_unless_finished(self, reason: str) -> None:
+        if not self._finished:
+            self.finish(reason)
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+class StatisticsLine:
+    """The periodic line of the log: rates since the last one, and None while nothing happens."""
+
+    def __init__(self) -> None:
+        self._last = SchedulerStats()
+        self._last_counters: dict[str, float] = {}
+
+    def next(self, stats: SchedulerStats, counters: Mapping[str, float], elapsed_s: float) -> str | None:
+        last, self._last = self._last, stats
+        last_counters, self._last_counters = self._last_counters, dict(counters)
+        if stats.num_steps == last.num_steps and not stats.num_running and not stats.num_waiting:
+            return None
+
+        def since(field: str) -> int:
+            return getattr(stats, field) - getattr(last, field)
+
+        preprocessed = {name: value - last_counters.get(name, 0) for name, value in counters.items()}
+        pictures = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in preprocessed.items() if value)
+        return (
+            f"Avg prompt throughput: {since('num_prompt_tokens_computed') / elapsed_s:.1f} tokens/s, "
+            f"Avg generation throughput: {since('num_generation_tokens') / elapsed_s:.1f} tokens/s, "
+            f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
+            f"KV cache usage: {100 * kv_cache_usage(stats):.1f}%, "
+            f"Prefix cache hit rate: {_percent(since('prefix_cache_hits'), since('prefix_cache_queries'))}, "
+            f"Encoder cache hit rate: {_percent(since('encoder_cache_hits'), since('encoder_cache_queries'))}, "
+            f"Preprocess: {pictures or 'nothing'}"
+        )

@@ -1,0 +1,274 @@
+"""The HTTP server: routes, request ids, the one shape of errors, and the life of the process from listening to stopping.
+
+What a chat request means is chat.py's and protocol.py's; here are bytes, statuses and connections. Whatever is being computed
+for a client is cancelled as soon as its connection is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import signal
+import socket
+import time
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import mmv1
+from mmv1.api.chat import ChatAnswer, SamplingDefaults
+from mmv1.api.metrics import Metrics, StatisticsLine
+from mmv1.api.protocol import MAX_BODY_BYTES, ChatCompletionRequest, ModelCard, ModelList, decode_chat_request, encode, error_of
+from mmv1.errors import EngineDeadError, EngineError, RequestError
+from mmv1.log import logger
+
+if TYPE_CHECKING:
+    from mmv1.engine.async_llm import AsyncLLM
+
+_MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES  # of a body that is refused: read so far, its sender sees the refusal
+_STATISTICS_INTERVAL_S = 10.0
+_ENGINE_WATCH_INTERVAL_S = 0.5
+_GRACEFUL_SHUTDOWN_S = 10
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
+_HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+
+
+class JSONAnswer(Response):
+    media_type = "application/json"
+
+    def __init__(self, message: msgspec.Struct, status_code: int = 200, headers: dict[str, str] | None = None) -> None:
+        super().__init__(encode(message), status_code, headers)
+
+
+class GeneratedAnswer(Response):
+    """Sends what `chunks` yields: one JSON body, or events. The head waits for the first chunk, so that an error before it is
+    an answer with a status of its own. A client that goes away closes `chunks`, at any time."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], *, stream: bool) -> None:
+        super().__init__(media_type="text/event-stream" if stream else "application/json")
+        self._chunks = chunks
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _run_while_connected(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        async with contextlib.aclosing(self._chunks) as chunks:
+            first = await anext(chunks)
+            length = (b"cache-control", b"no-cache") if self._stream else (b"content-length", str(len(first)).encode())
+            headers = [header for header in self.raw_headers if header[0] != b"content-length"]
+            await send({"type": "http.response.start", "status": 200, "headers": [*headers, length]})
+            await send({"type": "http.response.body", "body": first, "more_body": self._stream})
+            if self._stream:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _run_while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or cancel it when the client disconnects. The request's body must have been read."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+    if not task.cancelled():
+        task.result()
+
+
+async def _read_json_body(request: Request) -> bytes:
+    """The body, at most MAX_BODY_BYTES of it, refused while it is read. Raises RequestError (413, 415)."""
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        message = "The body must be JSON, with the header Content-Type: application/json"
+        raise RequestError(message, code="unsupported_content_type", status=415)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise RequestError("A compressed body is not supported", code="unsupported_content_type", status=415)
+    pieces: list[bytes] = []
+    received = 0
+    try:
+        async for piece in request.stream():
+            received += len(piece)
+            if received <= MAX_BODY_BYTES:
+                pieces.append(piece)
+            elif received > _MAX_DISCARDED_BYTES:
+                break
+    except ClientDisconnect:
+        raise RequestError("The client disconnected", code="client_disconnected", status=499) from None
+    if received > MAX_BODY_BYTES:
+        raise RequestError(f"The body has more than {MAX_BODY_BYTES >> 20} MiB", code="request_too_large", status=413)
+    return b"".join(pieces)
+
+
+class RequestIds:
+    """Puts x-request-id on every reply (the client's own, if it is a plain one) and keeps failures from the client's eyes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:  # answered already, by `_error_answer`
+            logger.exception("Request %s failed", request_id.decode())
+
+
+async def _error_answer(_: Request, error: Exception) -> Response:
+    """Any exception as OpenAI's error object."""
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):  # the router's: no such route, no such method
+        headers.update(error.headers or {})
+        code = _HTTP_CODES.get(error.status_code, "invalid_value")
+        error = RequestError(str(error.detail), code=code, status=error.status_code)
+    elif isinstance(error, EngineDeadError):
+        headers["retry-after"] = "5"
+    elif not isinstance(error, RequestError):
+        headers["x-should-retry"] = "false"  # what broke us once is not sent again by itself
+    status, body = error_of(error)
+    return JSONAnswer(body, status, headers)
+
+
+def create_app(llm: AsyncLLM) -> ASGIApp:
+    """The ASGI application over a started AsyncLLM. Raises ConfigError when generation_config.json cannot be used."""
+    model = llm.config.model
+    defaults = SamplingDefaults.of_model(model.path)
+    metrics = Metrics(model.served_model_name, llm.stats, lambda: llm.preprocessor.counters)
+    card = ModelCard(id=model.served_model_name, created=int(time.time()), max_model_len=model.max_model_len)
+    app = FastAPI(title="mmv1", version=mmv1.__version__, redirect_slashes=False)
+    for kind in (RequestError, EngineError, HTTPException, Exception):
+        app.add_exception_handler(kind, _error_answer)
+
+    def check_model(name: str) -> None:
+        if name != card.id:
+            message = f"The model `{name[:200]}` does not exist"
+            raise RequestError(message, code="model_not_found", param="model", status=404)
+
+    schema = {"schema": {"$ref": "#/components/schemas/ChatCompletionRequest"}}
+    body_schema = {"requestBody": {"required": True, "content": {"application/json": schema}}}
+
+    @app.post("/v1/chat/completions", openapi_extra=body_schema)
+    async def chat_completions(request: Request) -> Response:
+        chat_request = decode_chat_request(await _read_json_body(request))
+        check_model(chat_request.model)
+        answer = ChatAnswer(llm, chat_request, defaults, metrics)
+        stream = bool(chat_request.stream)
+        return GeneratedAnswer(answer.events() if stream else answer.full(), stream=stream)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONAnswer(ModelList([card]))
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        check_model(name)
+        return JSONAnswer(card)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 only while the engine steps."""
+        await llm.check_health()
+        return Response(b'{"status":"ok"}', media_type="application/json")
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    _, components = msgspec.json.schema_components([ChatCompletionRequest], ref_template="#/components/schemas/{name}")
+    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(components)
+    return RequestIds(app)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are `serve`'s: uvicorn would raise them again at the end, and a clean stop would look like a kill."""
+        yield
+
+    def stop(self) -> None:
+        """Finish what is being answered, then end; the second time, at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+async def serve(llm: AsyncLLM, listener: socket.socket) -> int:
+    """Answer on the bound socket `listener` until SIGTERM, SIGINT or the engine's death. Returns the exit status."""
+    config = uvicorn.Config(
+        create_app(llm),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
+    )
+    uvicorn_logger = logging.getLogger("uvicorn.error")
+    uvicorn_logger.handlers, uvicorn_logger.propagate = logger.handlers, False
+    uvicorn_logger.setLevel(logging.WARNING)
+    server = _Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    _log_start(llm, listener)
+    background = (asyncio.ensure_future(_log_statistics(llm)), asyncio.ensure_future(_stop_with_engine(llm, server)))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+    return 0 if llm.is_ready else 1
+
+
+async def _stop_with_engine(llm: AsyncLLM, server: _Server) -> None:
+    while llm.is_ready:
+        await asyncio.sleep(_ENGINE_WATCH_INTERVAL_S)
+    logger.error("The engine is dead; stopping the server")
+    server.should_exit = True
+
+
+async def _log_statistics(llm: AsyncLLM) -> None:
+    statistics, before = StatisticsLine(), time.monotonic()
+    while True:
+        await asyncio.sleep(_STATISTICS_INTERVAL_S)
+        now = time.monotonic()
+        line = statistics.next(llm.stats(), llm.preprocessor.counters, now - before)
+        before = now
+        if line is not None:
+            logger.info(line)
+
+
+def _log_start(llm: AsyncLLM, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    for route in ("POST /v1/chat/completions", "GET /v1/models", "GET /health", "GET /metrics", "GET /docs"):
+        logger.info("Route: %s", route)
+    logger.info("Serving %s on http://%s:%d", llm.config.model.served_model_name, f"[{host}]" if ":" in host else host, port)

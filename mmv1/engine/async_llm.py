@@ -1,0 +1,265 @@
+"""AsyncLLM: the engine as an event loop sees it. The server and the offline `LLM` are both thin layers over this.
+
+It joins three parts and knows none of their insides: the preprocessor (prompts and pixels), the engine's client, and the
+output processor (tokens to text). One request is: prepare, add, read deltas, let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+from tokenizers import Tokenizer
+
+from mmv1.config import EngineConfig
+from mmv1.engine.client import EngineClient
+from mmv1.engine.output_processor import CompletionDelta, CompletionOutput, OutputProcessor, RequestOutput
+from mmv1.errors import ContextLengthError, EngineDeadError, MMV1Error, RequestError
+from mmv1.log import logger
+from mmv1.preprocess.media import ImageSource
+from mmv1.preprocess.preprocessor import PreparedPrompt, Preprocessor
+from mmv1.preprocess.prompt import Message
+from mmv1.types import Abort, EngineCoreOutputs, EngineCoreRequest, EngineReady, ResetCaches, SamplingParams, SchedulerStats
+
+
+@dataclass(frozen=True, slots=True)
+class RawPrompt:
+    """A prompt without a chat template: text in which special tokens mean themselves, or token ids; one placeholder a picture."""
+
+    prompt: str | Sequence[int]
+    images: Sequence[ImageSource] = ()
+
+
+Prompt = Sequence[Message] | RawPrompt
+
+
+class AsyncLLM:
+    """All methods on one event loop. `start` before anything else, `close` at the end."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.ready: EngineReady | None = None
+        self._client = EngineClient(self._take_outputs, self._end_all)
+        self.preprocessor = Preprocessor(config.model, config.preprocess, self._client.send, on_failure=self._pool_failed)
+        self._outputs = OutputProcessor(self.preprocessor.tokenizer)
+        self._streams: dict[str, _Stream] = {}
+        self._stats = SchedulerStats()
+        self._death: str | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.preprocessor.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self.ready.max_model_len if self.ready is not None else self.config.model.max_model_len
+
+    @property
+    def engine_pid(self) -> int | None:
+        return self._client.pid
+
+    async def start(self) -> EngineReady:
+        """Start the pool and the engine in parallel; both are ready when this returns. Raises ConfigError, EngineDeadError."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            await self.preprocessor.start()
+            self.ready = await self._client.start(self.config, self.preprocessor.slab.fd)
+            await self.preprocessor.wait_ready()
+        except BaseException:
+            await self.close()
+            raise
+        return self.ready
+
+    async def close(self) -> None:
+        """End every request, then the processes."""
+        self._end_all("the server is shutting down", log=False)
+        await self._client.close()
+        await self.preprocessor.close()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Deltas of the answers, merged over the n of them, until all are finished. Closing it ends the request.
+
+        Raises, before the first delta, RequestError (with ImageError and ContextLengthError) for what the request is at fault
+        for, pictures included, and at any time EngineDeadError.
+        """
+        request_id = request_id or uuid.uuid4().hex
+        self._raise_if_dead()
+        if request_id in self._streams:
+            raise RequestError("a request with this id is running", code="duplicate_request_id")
+        stream = self._streams[request_id] = _Stream(request_id, sampling_params.n)
+        core_ids: list[str] = []
+        try:
+            prepared = await self._prepare(request_id, prompt)
+            requests = self._core_requests(request_id, prepared, sampling_params, priority, cache_salt)
+            self._raise_if_dead()
+            for index, request in enumerate(requests):
+                core_ids.append(request.request_id)
+                self._outputs.add_request(request, parent_id=request_id, index=index, emit=stream.emit)
+                self._client.send(request)
+            while not stream.finished:
+                yield await stream.next()
+            core_ids.clear()
+        finally:
+            del self._streams[request_id]
+            if core_ids:
+                self._outputs.abort(core_ids)
+                self._client.send(Abort(core_ids))
+            self.preprocessor.release_request(request_id)
+
+    async def _prepare(self, request_id: str, prompt: Prompt) -> PreparedPrompt:
+        if isinstance(prompt, RawPrompt):
+            return await self.preprocessor.prepare_prompt(request_id, prompt.prompt, prompt.images)
+        return await self.preprocessor.prepare_chat(request_id, prompt)
+
+    def _core_requests(
+        self, request_id: str, prepared: PreparedPrompt, params: SamplingParams, priority: int, cache_salt: str
+    ) -> list[EngineCoreRequest]:
+        """One core request for each of the n answers; they share the prompt's KV through the prefix cache."""
+        num_prompt = len(prepared.prompt_token_ids)
+        room = self.max_model_len - num_prompt
+        if num_prompt == 0:
+            raise RequestError("the prompt is empty", code="empty_prompt", param="messages")
+        if room < 1 or (params.max_tokens or 1) > room:
+            asked = f" and asks for {params.max_tokens} more" if params.max_tokens else ""
+            raise ContextLengthError(
+                f"the model's context is {self.max_model_len} tokens: the prompt, pictures included, has {num_prompt}{asked}"
+            )
+        request = EngineCoreRequest(
+            request_id=request_id,
+            prompt_token_ids=prepared.prompt_token_ids,
+            mm_features=prepared.mm_features,
+            sampling_params=params,
+            max_tokens=params.max_tokens or room,
+            eos_token_ids=() if params.ignore_eos else self.config.model.eos_token_ids,
+            cache_salt=cache_salt.encode(),
+            priority=priority,
+            arrival_time=time.time(),
+        )
+        if params.n == 1:
+            return [request]
+        replace = msgspec.structs.replace
+        return [
+            replace(request, request_id=f"{request_id}/{index}", sampling_params=_for_answer(params, index))
+            for index in range(params.n)
+        ]
+
+    async def _take_outputs(self, outputs: EngineCoreOutputs) -> None:
+        """The core's news, on the event loop. Releases go before requests (see PixelLedger.take_messages)."""
+        if outputs.stats is not None:
+            self._stats = outputs.stats
+        for mm_hash in outputs.pixel_releases:
+            self.preprocessor.release_pixels(mm_hash)
+        for request in outputs.pixel_requests:
+            await self.preprocessor.request_pixels(request)
+        if outputs.outputs and (stopped := self._outputs.process(outputs.outputs)):
+            self._client.send(Abort(stopped))
+
+    def _end_all(self, reason: str, *, log: bool = True) -> None:
+        """Nothing can be generated any more: every request ends with an error."""
+        if self._death is None:
+            self._death = reason
+            if log and self._streams:
+                logger.error("%d requests end unfinished: %s", len(self._streams), reason)
+        for stream in self._streams.values():
+            stream.fail(EngineDeadError(reason))
+
+    def _pool_failed(self, reason: str) -> None:
+        """Called from any thread."""
+        self._loop.call_soon_threadsafe(self._end_all, reason)
+
+    def _raise_if_dead(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError unless the step loop answers now, no step hangs and the pool is alive."""
+        self._raise_if_dead()
+        await self._client.check_health()
+
+    def stats(self) -> SchedulerStats:
+        """The engine's newest counters."""
+        return self._stats
+
+    async def refresh_stats(self) -> SchedulerStats:
+        """The engine's counters as of now."""
+        await self.check_health()
+        return self._stats
+
+    def reset_caches(self) -> None:
+        """Make the engine forget every unreferenced KV block and embedding (benchmarks and tests)."""
+        self._client.send(ResetCaches())
+
+
+def _for_answer(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of one of n answers: a seed gives n different, reproducible ones."""
+    return msgspec.structs.replace(params, n=1, seed=None if params.seed is None else params.seed + index)
+
+
+class _Stream:
+    """What one request's reader has not read yet. A reader that falls behind reads more at once; nothing piles up but text."""
+
+    def __init__(self, request_id: str, num_answers: int) -> None:
+        self._request_id = request_id
+        self._num_open = num_answers
+        self._deltas: list[CompletionDelta] = []
+        self._error: MMV1Error | None = None
+        self._event = asyncio.Event()
+        self.finished = False
+
+    def emit(self, delta: CompletionDelta) -> None:
+        if delta.error is not None:
+            self.fail(delta.error)
+            return
+        self._deltas.append(delta)
+        self._event.set()
+
+    def fail(self, error: MMV1Error) -> None:
+        self._error = self._error or error
+        self._event.set()
+
+    async def next(self) -> RequestOutput:
+        """All that is new, waiting for the first of it. Raises the request's error once its text has been read."""
+        await self._event.wait()
+        self._event.clear()
+        deltas, self._deltas = self._deltas, []
+        if not deltas and self._error is not None:
+            raise self._error
+        if self._error is not None:
+            self._event.set()
+        merged: dict[int, CompletionOutput] = {}
+        for delta in deltas:
+            output = delta.output
+            self._num_open -= output.finish_reason is not None
+            known = merged.setdefault(output.index, output)
+            if known is not output:
+                append_output(known, output)
+        self.finished = self._num_open == 0
+        return RequestOutput(
+            self._request_id,
+            list(merged.values()),
+            deltas[0].num_prompt_tokens,
+            max(delta.num_cached_tokens for delta in deltas),
+            self.finished,
+        )
+
+
+def append_output(known: CompletionOutput, more: CompletionOutput) -> None:
+    """Add a later delta of the same answer to an earlier one."""
+    known.text += more.text
+    known.token_ids = known.token_ids + more.token_ids
+    if more.logprobs is not None:
+        known.logprobs = (known.logprobs or []) + more.logprobs
+    if more.finish_reason is not None:
+        known.finish_reason, known.stop_reason = more.finish_reason, more.stop_reason

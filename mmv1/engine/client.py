@@ -1,0 +1,139 @@
+"""The API server's end of the engine: its process, its two streams, and the news that it is dead."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from mmv1.config import EngineConfig
+from mmv1.engine.launch import INPUT_SOCKET, OUTPUT_SOCKET, EngineProcess
+from mmv1.errors import ConfigError, EngineDeadError
+from mmv1.log import logger
+from mmv1.types import EngineCoreInput, EngineCoreMessage, EngineCoreOutputs, EngineDead, EngineReady, Ping, Pong
+from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
+
+_PING_TIMEOUT_S = 2.0
+_MAX_STEP_AGE_S = 60.0  # a step that takes longer hangs
+
+
+class EngineClient:
+    """`on_outputs` is called with every EngineCoreOutputs, in order; `on_death` once, with a sentence, if the engine ends by
+    itself. Both on the event loop that called `start`."""
+
+    def __init__(self, on_outputs: Callable[[EngineCoreOutputs], Awaitable[None]], on_death: Callable[[str], None]) -> None:
+        self._on_outputs = on_outputs
+        self._on_death = on_death
+        self._process: EngineProcess | None = None
+        self._socket_dir: Path | None = None
+        self._sender: AsyncSender | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ready: asyncio.Future[EngineReady] | None = None
+        self._pings: dict[int, asyncio.Future[Pong]] = {}
+        self._ping_ids = itertools.count(1)
+        self._outbox: asyncio.Queue[EngineCoreInput] = asyncio.Queue()
+        self.death: str | None = None
+
+    async def start(self, config: EngineConfig, slab_fd: int) -> EngineReady:
+        """Launch the engine and wait until its model is loaded. Raises ConfigError, EngineDeadError."""
+        self._ready = asyncio.get_running_loop().create_future()
+        self._socket_dir = new_runtime_dir()
+        self._sender = AsyncSender(ipc_address(self._socket_dir, INPUT_SOCKET), bind=True)
+        receiver: AsyncReceiver[EngineCoreMessage] = AsyncReceiver(
+            ipc_address(self._socket_dir, OUTPUT_SOCKET), EngineCoreMessage, bind=True
+        )
+        self._process = await EngineProcess.start(config, self._socket_dir, slab_fd)
+        self._tasks = [
+            asyncio.create_task(self._receive(receiver)),
+            asyncio.create_task(self._send(self._sender)),
+            asyncio.create_task(self._watch(self._process)),
+        ]
+        ready = await self._ready
+        if ready.error is not None:
+            raise ConfigError(ready.error)
+        return ready
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def send(self, message: EngineCoreInput) -> None:
+        """Queue a message for the core; messages arrive in this order."""
+        self._outbox.put_nowait(message)
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError unless the step loop answers now and no step hangs."""
+        if self.death is not None:
+            raise EngineDeadError(self.death)
+        ping_id = next(self._ping_ids)
+        answer = self._pings[ping_id] = asyncio.get_running_loop().create_future()
+        self.send(Ping(ping_id))
+        try:
+            pong = await asyncio.wait_for(answer, _PING_TIMEOUT_S)
+        except TimeoutError:
+            raise EngineDeadError("the engine's step loop does not answer") from None
+        finally:
+            del self._pings[ping_id]
+        if pong.oldest_step_age_s > _MAX_STEP_AGE_S:
+            raise EngineDeadError(f"a step has been running for {pong.oldest_step_age_s:.0f} s")
+
+    async def close(self) -> None:
+        """Stop the engine; whatever it was doing is dropped."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process is not None:
+            await self._process.stop()
+        if self._sender is not None:
+            self._sender.close()
+        if self._socket_dir is not None:
+            shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+    async def _send(self, sender: AsyncSender) -> None:
+        while True:
+            await sender.send(await self._outbox.get())
+
+    async def _receive(self, receiver: AsyncReceiver[EngineCoreMessage]) -> None:
+        try:
+            while True:
+                message = await receiver.recv()
+                match message:
+                    case EngineCoreOutputs():
+                        await self._take_outputs(message)
+                    case EngineReady():
+                        self._settle_ready(message)
+                    case EngineDead():
+                        self._die(message.reason)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.exception("Reading from the engine failed")
+            self._die("the engine's messages cannot be read")
+        finally:
+            receiver.close()
+
+    async def _take_outputs(self, outputs: EngineCoreOutputs) -> None:
+        if outputs.pong is not None and (answer := self._pings.get(outputs.pong.ping_id)) is not None and not answer.done():
+            answer.set_result(outputs.pong)
+        await self._on_outputs(outputs)
+
+    def _settle_ready(self, ready: EngineReady) -> None:
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(ready)
+
+    async def _watch(self, process: EngineProcess) -> None:
+        status = await process.wait()
+        await asyncio.sleep(0.2)  # what it said last may still be on its way, and says more than its status
+        self._die(f"the engine's process ended with status {status}")
+
+    def _die(self, reason: str) -> None:
+        if self.death is not None:
+            return
+        self.death = reason
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(EngineDeadError(reason))
+            return
+        logger.error("The engine is dead: %s", reason)
+        self._on_death(reason)

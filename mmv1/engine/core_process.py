@@ -1,0 +1,165 @@
+"""The engine's process: an input thread, the step loop, an output thread. Started by launch.py with
+
+    python -m mmv1.engine.core_process SOCKET_DIR SLAB_FD
+
+and an EngineConfig as msgpack on standard input, whose end means that the parent is gone, and ends this process too.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mmv1.config import EngineConfig
+from mmv1.encoder_cache.manager import EncoderCacheManager
+from mmv1.engine.core import EngineCore
+from mmv1.engine.executor import UniProcExecutor
+from mmv1.engine.launch import INPUT_SOCKET, OUTPUT_SOCKET
+from mmv1.errors import ConfigError
+from mmv1.kv.block_hash import BlockHasher
+from mmv1.kv.manager import KVCacheManager
+from mmv1.log import configure_logging, logger
+from mmv1.preprocess.layout import load_layout
+from mmv1.scheduler.pixels import PixelLedger
+from mmv1.scheduler.scheduler import Scheduler
+from mmv1.types import EngineCoreInput, EngineCoreMessage, EngineDead, EngineReady
+from mmv1.wire import Receiver, Sender, ipc_address
+
+if TYPE_CHECKING:
+    from mmv1.runner.worker import Worker
+
+_ENCODER_CACHE_SHARE = 8  # the encoder cache gets this part of the KV cache's memory unless its size is given,
+_MAX_ENCODER_CACHE_BYTES = 4 << 30  # and at most this
+
+
+def lay_out_memory(config: EngineConfig, worker: Worker, max_image_tokens: int) -> tuple[int, int, int]:
+    """(number of KV blocks, bytes of the encoder cache, longest context), from what the device has left for caches.
+    Raises ConfigError when the model cannot work in it."""
+    cache, model = config.cache, config.model
+    (spec,) = worker.get_kv_cache_specs()  # one group of layers today: every layer is paged full attention
+    block_bytes = spec.bytes_per_token() * cache.block_size
+    bytes_per_token = worker.get_embedding_bytes_per_token()
+    largest_image_bytes = (max_image_tokens + 16) * bytes_per_token
+    available = worker.determine_memory()
+    encoder_bytes = cache.encoder_cache_bytes
+    if encoder_bytes is None:
+        encoder_bytes = max(2 * largest_image_bytes, min(_MAX_ENCODER_CACHE_BYTES, available // _ENCODER_CACHE_SHARE))
+    if encoder_bytes < largest_image_bytes:
+        raise ConfigError(
+            f"the encoder cache ({encoder_bytes} bytes) cannot hold one picture of the largest size ({max_image_tokens} tokens, "
+            f"{largest_image_bytes} bytes): raise --encoder-cache-bytes or lower --max-pixels"
+        )
+    kv_bytes = cache.kv_cache_memory_bytes or available - encoder_bytes
+    num_blocks = cache.num_gpu_blocks_override or kv_bytes // block_bytes
+    capacity = (num_blocks - 1) * cache.block_size
+    max_model_len = model.max_model_len
+    if capacity < max_model_len:
+        if model.max_model_len_is_given or capacity < 2:
+            raise ConfigError(
+                f"the KV cache holds {max(0, capacity)} tokens, less than --max-model-len {max_model_len}: "
+                "give it more memory or lower --max-model-len"
+            )
+        max_model_len = capacity
+        logger.warning("The KV cache holds %d tokens: the longest context is lowered to that", capacity)
+    return num_blocks, encoder_bytes, max_model_len
+
+
+def build_core(
+    config: EngineConfig, slab_fd: int, output: queue.SimpleQueue[EngineCoreMessage | None]
+) -> tuple[EngineCore, EngineReady]:
+    """Load the model, lay out memory, and put the core together. Everything it has to say goes to `output`."""
+    from mmv1.runner.worker import Worker
+
+    layout = load_layout(config.model, min_pixels=config.preprocess.min_pixels, max_pixels=config.preprocess.max_pixels)
+    max_image_tokens = layout.max_image_tokens(config.model.max_model_len)
+    worker = Worker(config, slab_fd)
+    worker.init_device()
+    worker.load_model()
+    num_blocks, encoder_bytes, max_model_len = lay_out_memory(config, worker, max_image_tokens)
+    worker.initialize_caches(num_blocks, encoder_bytes)
+
+    cache, limits = config.cache, config.scheduler
+    hasher = BlockHasher(cache.block_size, cache.hash_algorithm) if cache.enable_prefix_caching else None
+    scheduler = Scheduler(
+        KVCacheManager(num_blocks, cache.block_size, hasher),
+        EncoderCacheManager(encoder_bytes, worker.get_embedding_bytes_per_token()),
+        PixelLedger(max_ahead_patches=os.fstat(slab_fd).st_size // 2 // layout.row_bytes),
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_num_encoder_tokens=max(limits.max_num_encoder_tokens, max_image_tokens),
+        policy=limits.policy,
+    )
+    core = EngineCore(scheduler, UniProcExecutor(worker), output.put)
+    ready = EngineReady(
+        max_model_len=max_model_len,
+        num_kv_blocks=num_blocks - 1,
+        block_size=cache.block_size,
+        encoder_cache_bytes=encoder_bytes,
+        attention_backend=worker.backend.name,
+        device=worker.platform.name,
+        dtype=config.model.dtype,
+    )
+    return core, ready
+
+
+def _read_config() -> EngineConfig:
+    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
+    return msgspec.msgpack.decode(sys.stdin.buffer.read(size), type=EngineConfig)
+
+
+def _end_with_parent() -> None:
+    """Return only by ending the process: standard input ends when the parent does, however it ended."""
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(0)
+
+
+def _receive(address: str, core: EngineCore) -> None:
+    receiver: Receiver[EngineCoreInput] = Receiver(address, EngineCoreInput)
+    while (message := receiver.recv()) is not None:
+        core.post(message)
+
+
+def _send(address: str, output: queue.SimpleQueue[EngineCoreMessage | None]) -> None:
+    sender = Sender(address)
+    while (message := output.get()) is not None:
+        sender.send(message)
+    sender.close(linger_s=2.0)
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole group: the parent decides
+    configure_logging("engine")
+    socket_dir, slab_fd = sys.argv[1], int(sys.argv[2])
+    config = _read_config()
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    output: queue.SimpleQueue[EngineCoreMessage | None] = queue.SimpleQueue()
+    sending = threading.Thread(target=_send, args=(ipc_address(socket_dir, OUTPUT_SOCKET), output), name="output")
+    sending.start()
+    status = 1
+    try:
+        core, ready = build_core(config, slab_fd, output)
+        signal.signal(signal.SIGTERM, lambda *_: core.stop())
+        threading.Thread(target=_receive, args=(ipc_address(socket_dir, INPUT_SOCKET), core), name="input", daemon=True).start()
+        output.put(ready)
+        core.run()
+        status = 0
+    except ConfigError as error:
+        output.put(EngineReady(error=str(error)))
+    except Exception as error:
+        logger.exception("The engine cannot go on")
+        output.put(EngineDead(f"the engine stopped: {type(error).__name__}"))
+    output.put(None)
+    sending.join()
+    return status
+
+
+if __name__ == "__main__":
+    # Not sys.exit: threads of the device's libraries must not keep a dead engine alive.
+    os._exit(main())

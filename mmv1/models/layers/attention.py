@@ -1,0 +1,34 @@
+"""Self-attention of a decoder layer: projections and rotation here, the attention itself by whom the runner chose."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mmv1.models.interface import StepAttention
+from mmv1.models.layers.linear import Linear, MergedLinear
+from mmv1.models.layers.rotary import Rope
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al., 2023) with q, k and v from one product."""
+
+    def __init__(
+        self, layer_index: int, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, *, qkv_bias: bool
+    ) -> None:
+        super().__init__()
+        self._layer_index = layer_index
+        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self._scale = head_dim**-0.5
+        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
+        self.qkv_proj = MergedLinear(hidden_size, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, bias=qkv_bias)
+        self.o_proj = Linear(q_size, hidden_size, bias=False)
+
+    def forward(self, hidden: torch.Tensor, rope: Rope, attention: StepAttention) -> torch.Tensor:
+        """`hidden` [T, hidden_size], in and out."""
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self._head_dim))  # [T, heads + 2 kv_heads, head_dim]
+        rotated = rope.rotate(qkv[:, : self._num_heads + self._num_kv_heads])
+        query, key = rotated.split((self._num_heads, self._num_kv_heads), dim=1)
+        value = qkv[:, -self._num_kv_heads :]
+        attended = attention(self._layer_index, query, key, value, self._scale)  # [T, heads, head_dim]
+        return self.o_proj(attended.flatten(1))

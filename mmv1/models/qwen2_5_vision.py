@@ -1,0 +1,221 @@
+"""Qwen2.5-VL's vision tower: uint8 patches in, embeddings of picture tokens out, many pictures in one call.
+
+Attention runs inside windows of the picture in most layers and over the whole picture in a few (Qwen2.5-VL technical report,
+2025). Patches are put in window order once, before the first layer; whatever depends only on a picture's grid is made once
+and kept on the device. Grids are Python ints on the host: nothing here reads the device back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmv1.errors import ConfigError
+from mmv1.models.interface import GridTHW, VarlenAttention
+from mmv1.models.layers.linear import Linear, empty_parameter
+from mmv1.models.layers.mlp import GatedMLP
+from mmv1.models.layers.norm import RMSNorm
+from mmv1.models.layers.rotary import AxialRotaryEmbedding, Rope
+from mmv1.models.weights import Piece
+
+_NORM_EPS = 1e-6
+_GRIDS_KEPT = 256  # tables of at most a few hundred KiB each
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    window_size: int  # in pixels
+    fullatt_block_indexes: frozenset[int]
+    rope_theta: float
+
+    @classmethod
+    def from_hf(cls, vision: Mapping[str, Any]) -> VisionConfig:
+        """`vision`: config.json's vision_config, whose names are the same in both dialects but for the rope's."""
+        if vision.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"the vision tower's hidden_act '{vision['hidden_act']}' is not supported, only 'silu'")
+        return cls(
+            depth=int(vision["depth"]),
+            hidden_size=int(vision["hidden_size"]),
+            intermediate_size=int(vision["intermediate_size"]),
+            num_heads=int(vision["num_heads"]),
+            out_hidden_size=int(vision["out_hidden_size"]),
+            in_channels=int(vision.get("in_channels") or vision.get("in_chans") or 3),
+            patch_size=int(vision["patch_size"]),
+            temporal_patch_size=int(vision.get("temporal_patch_size", 2)),
+            spatial_merge_size=int(vision.get("spatial_merge_size", 2)),
+            window_size=int(vision["window_size"]),
+            fullatt_block_indexes=frozenset(vision["fullatt_block_indexes"]),
+            rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta", 10_000.0)),
+        )
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers (bytes, as uint8) in one frame of one patch: channel, row, column."""
+        return self.in_channels * self.patch_size**2
+
+
+class PixelScale(NamedTuple):
+    """What the image processor does to a pixel: (x * rescale_factor - mean) / std, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float
+
+
+class PatchEmbed(nn.Module):
+    """Normalise uint8 patches and project them. The checkpoint's kernel spans two frames; a still picture's are equal, so
+    its two halves are added at load and one frame is all that is stored, sent and multiplied."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, config: VisionConfig, scale: PixelScale) -> None:
+        super().__init__()
+        self._kernel = (config.hidden_size, config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.weight = empty_parameter(config.hidden_size, config.patch_numbers)
+        # The very numbers of transformers' rescale_and_normalize, which folds the rescaling into mean and std in float32.
+        for name, values in (("mean", scale.mean), ("std", scale.std)):
+            folded = torch.tensor(values, dtype=torch.float32) * (1.0 / scale.rescale_factor)
+            self.register_buffer(name, folded.unsqueeze(1), persistent=False)
+
+    def checkpoint_pieces(self, path: str) -> Iterator[Piece]:
+        yield Piece(self.weight, f"{path}.proj.weight", self._kernel, lambda kernel: kernel.float().sum(dim=2).flatten(1))
+
+    def normalize(self, patches: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, patch_numbers] to float32, bit for bit what the image processor gives."""
+        channels = patches.unflatten(-1, (self.mean.shape[0], -1)).float()
+        return channels.sub_(self.mean).div_(self.std).flatten(1)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.normalize(patches).to(self.weight.dtype), self.weight)
+
+
+class VisionAttention(nn.Module):
+    """Bidirectional attention inside the planned segments. The checkpoint has q, k and v merged already."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self._num_heads = config.num_heads
+        self._scale = (config.hidden_size // config.num_heads) ** -0.5
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
+        self.proj = Linear(config.hidden_size, config.hidden_size, bias=True)
+
+    def forward(self, hidden: torch.Tensor, rope: Rope, attention: VarlenAttention, plan: Any) -> torch.Tensor:
+        qkv = self.qkv(hidden).unflatten(-1, (3 * self._num_heads, -1))  # [N, 3 heads, head_dim]
+        query, key = rope.rotate(qkv[:, : 2 * self._num_heads]).chunk(2, dim=1)
+        attended = attention.varlen(query, key, qkv[:, 2 * self._num_heads :], plan, self._scale)
+        return self.proj(attended.flatten(1))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, _NORM_EPS)
+        self.attn = VisionAttention(config)
+        self.norm2 = RMSNorm(config.hidden_size, _NORM_EPS)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(self, hidden: torch.Tensor, rope: Rope, attention: VarlenAttention, plan: Any) -> torch.Tensor:
+        hidden = hidden + self.attn(self.norm1(hidden), rope, attention, plan)
+        return hidden + self.mlp(self.norm2(hidden))
+
+
+class PatchMerger(nn.Module):
+    """The patches of a merge unit, side by side, become one token of the language model's width."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self._merged_size = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = RMSNorm(config.hidden_size, _NORM_EPS)
+        self.mlp = nn.Sequential(
+            Linear(self._merged_size, self._merged_size, bias=True),
+            nn.GELU(),
+            Linear(self._merged_size, config.out_hidden_size, bias=True),
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.ln_q(hidden).view(-1, self._merged_size))
+
+
+class GridTables(NamedTuple):
+    """What follows from a picture's grid alone. A unit is a merge unit: spatial_merge_size^2 patches, one token."""
+
+    window_order: torch.Tensor  # int64 [units]: the unit at each place of window order
+    window_places: torch.Tensor  # int64 [units]: its inverse
+    coordinates: torch.Tensor  # int64 [patches, 2]: row and column of each patch, in window order
+    window_seqlens: tuple[int, ...]  # patches in each window
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig, scale: PixelScale) -> None:
+        super().__init__()
+        self._config = config
+        self.patch_embed = PatchEmbed(config, scale)
+        self.rotary_emb = AxialRotaryEmbedding(config.hidden_size // config.num_heads, config.rope_theta)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+        self._tables = lru_cache(maxsize=_GRIDS_KEPT)(self._make_tables)
+
+    def forward(self, patches: torch.Tensor, grids: Sequence[GridTHW], attention: VarlenAttention) -> torch.Tensor:
+        """`patches` uint8 [sum of patches, patch_numbers], each picture's in merge-unit order (row and column of the unit, then
+        row and column inside it). Returns [sum of units, out_hidden_size], units in the same order."""
+        tables = [self._tables(height, width) for _, height, width in grids]
+        window_order = _concatenate([t.window_order for t in tables])
+        window_places = _concatenate([t.window_places for t in tables])
+        unit = self._config.spatial_merge_size**2
+        device = patches.device
+        plans = {
+            True: attention.plan_varlen([height * width for _, height, width in grids], device),
+            False: attention.plan_varlen([length for t in tables for length in t.window_seqlens], device),
+        }
+        rope = self.rotary_emb(torch.cat([t.coordinates for t in tables]))
+        patches = patches.unflatten(0, (-1, unit)).index_select(0, window_order).flatten(0, 1)
+        hidden = self.patch_embed(patches)
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden, rope, attention, plans[index in self._config.fullatt_block_indexes])
+        return self.merger(hidden).index_select(0, window_places)
+
+    def _make_tables(self, height: int, width: int) -> GridTables:
+        merge = self._config.spatial_merge_size
+        window = self._config.window_size // merge // self._config.patch_size  # units along a window's side
+        rows, columns = height // merge, width // merge
+        row, column = (axis.ravel() for axis in np.indices((rows, columns)))
+        windows_across = -(-columns // window)
+        window_of_unit = row // window * windows_across + column // window
+        order = np.argsort(window_of_unit, kind="stable")
+        inside = np.indices((merge, merge)).reshape(2, -1).T  # a unit's patches, by row and column
+        corners = np.stack((row, column), axis=-1)[order] * merge
+        coordinates = (corners[:, None] + inside).reshape(-1, 2)
+        units_in_window = np.bincount(window_of_unit)
+        device = self.patch_embed.weight.device
+        return GridTables(
+            window_order=torch.from_numpy(order).to(device),
+            window_places=torch.from_numpy(np.argsort(order)).to(device),
+            coordinates=torch.from_numpy(coordinates).to(device),
+            window_seqlens=tuple((units_in_window * merge**2).tolist()),
+        )
+
+
+def _concatenate(orders: list[torch.Tensor]) -> torch.Tensor:
+    """Permutations one after another, each moved past those before it."""
+    start, moved = 0, []
+    for order in orders:
+        moved.append(order + start if start else order)
+        start += order.shape[0]
+    return torch.cat(moved)

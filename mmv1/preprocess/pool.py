@@ -1,0 +1,250 @@
+"""The preprocess pool, seen from the API server: which worker is idle, who goes next, and what to do when one dies.
+
+The processes themselves are pool_process.py. Knows jobs and workers; nothing of hashes, slots or requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+import mmv1
+from mmv1.errors import EngineError, ImageError
+from mmv1.log import logger
+from mmv1.preprocess.pool_messages import (
+    ANSWERS_SOCKET,
+    DecodeJob,
+    JobDone,
+    JobFailed,
+    PoolAnswer,
+    PoolSettings,
+    WorkerReady,
+    worker_socket,
+)
+from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
+
+_MAX_ATTEMPTS = 2  # a job whose worker died is tried once more
+_JOB_CPU_SECONDS = 30.0  # then the worker is killed; the slowest honest picture within the limits takes about two
+_STOP_TIMEOUT_S = 5.0
+
+# Image-sized blocks come from the heap and stay there: otherwise every picture maps, faults and unmaps its buffers anew. One
+# thread: the workers are the parallelism, and a fork must not lose a thread pool.
+_POOL_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "PYTHONSAFEPATH": "1",  # the working directory provides no modules
+}
+
+
+@dataclass(eq=False, slots=True)
+class _PoolJob:
+    job: DecodeJob
+    payload: bytes
+    result: asyncio.Future[float]
+    attempts: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Worker:
+    index: int
+    generation: int
+    sender: AsyncSender
+    current: _PoolJob | None = field(default=None)
+
+
+class PreprocessPool:
+    """Runs DecodeJobs in order of arrival, one at a time per worker.
+
+    `submit` gives a future: seconds of work, or ImageError (the picture's fault, or its worker died twice), or EngineError
+    (the pool has ended). `on_failure` is called once, with a sentence, when the pool has ended by itself and for good.
+    """
+
+    def __init__(self, *, slab_fd: int, slab_bytes: int, num_workers: int, on_failure: Callable[[str], None]) -> None:
+        self._slab_fd = slab_fd
+        self._slab_bytes = slab_bytes
+        self._num_workers = num_workers
+        self._on_failure = on_failure
+        self._runtime_dir: Path | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._answers: AsyncReceiver[PoolAnswer] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._workers: dict[int, _Worker] = {}
+        self._idle: deque[_Worker] = deque()
+        self._pending: deque[_PoolJob] = deque()
+        self._sending: set[asyncio.Task[None]] = set()
+        self._all_ready = asyncio.Event()
+        self._dead: str | None = None
+        self.num_deaths = 0
+
+    async def start(self) -> None:
+        """Start the processes; they come up in the background, and jobs wait for them."""
+        self._runtime_dir = new_runtime_dir()
+        self._answers = AsyncReceiver(ipc_address(self._runtime_dir, ANSWERS_SOCKET), PoolAnswer, bind=True)
+        settings = PoolSettings(
+            runtime_dir=str(self._runtime_dir),
+            slab_fd=self._slab_fd,
+            slab_bytes=self._slab_bytes,
+            num_workers=self._num_workers,
+            job_cpu_seconds=_JOB_CPU_SECONDS,
+        )
+        package_root = str(Path(mmv1.__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "mmv1.preprocess.pool_process", msgspec.json.encode(settings).decode()),
+            stdin=asyncio.subprocess.PIPE,
+            pass_fds=(self._slab_fd,),
+            env={**os.environ, **_POOL_ENVIRONMENT, "PYTHONPATH": path},
+        )
+        self._tasks = [asyncio.create_task(self._receive(self._answers)), asyncio.create_task(self._watch(self._process))]
+
+    async def wait_ready(self) -> None:
+        """Wait until every worker has come up. Raises EngineError if the pool ends before."""
+        await self._all_ready.wait()
+        if self._dead is not None:
+            raise EngineError(self._dead)
+
+    async def close(self) -> None:
+        """End the processes. Jobs not done fail with EngineError."""
+        self._end("the server is shutting down")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process is not None:
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            try:
+                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        if self._answers is not None:
+            self._answers.close()
+        if self._runtime_dir is not None:
+            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+
+    @property
+    def pids(self) -> list[int]:
+        """The parent process, which the workers are children of; for supervision and tests."""
+        return [] if self._process is None else [self._process.pid]
+
+    def submit(self, job: DecodeJob, payload: bytes) -> asyncio.Future[float]:
+        pool_job = _PoolJob(job, payload, asyncio.get_running_loop().create_future())
+        if self._dead is not None:
+            pool_job.result.set_exception(EngineError(self._dead))
+        else:
+            self._pending.append(pool_job)
+            self._dispatch()
+        return pool_job.result
+
+    def withdraw(self, job_id: int) -> bool:
+        """Forget a job no worker has yet: whether that was possible. Its future is cancelled then."""
+        for pool_job in self._pending:
+            if pool_job.job.job_id == job_id and not pool_job.attempts:
+                self._pending.remove(pool_job)
+                pool_job.result.cancel()
+                return True
+        return False
+
+    def _dispatch(self) -> None:
+        while self._pending and self._idle:
+            worker, pool_job = self._idle.popleft(), self._pending.popleft()
+            worker.current = pool_job
+            pool_job.attempts += 1
+            sending = asyncio.create_task(self._send(worker, pool_job))
+            self._sending.add(sending)
+            sending.add_done_callback(self._sending.discard)
+
+    @staticmethod
+    async def _send(worker: _Worker, pool_job: _PoolJob) -> None:
+        if worker.current is pool_job:  # else the worker died before this task ran, and `_bury` has seen to the job
+            await worker.sender.send(pool_job.job, pool_job.payload)
+
+    async def _receive(self, answers: AsyncReceiver[PoolAnswer]) -> None:
+        while True:
+            try:
+                answer = await answers.recv()
+            except msgspec.MsgspecError:
+                logger.warning("dropped a malformed message of a preprocess worker")
+                continue
+            if isinstance(answer, WorkerReady):
+                self._on_worker_ready(answer)
+            else:
+                self._on_result(answer)
+            self._dispatch()
+
+    def _on_worker_ready(self, ready: WorkerReady) -> None:
+        """A new worker. One that takes the place of another says by this that the other is dead, and its job with it."""
+        before = self._workers.get(ready.worker)
+        if before is not None:
+            if ready.generation <= before.generation:
+                return
+            self._bury(before)
+        address = ipc_address(str(self._runtime_dir), worker_socket(ready.worker, ready.generation))
+        worker = _Worker(ready.worker, ready.generation, AsyncSender(address))
+        self._workers[ready.worker] = worker
+        self._idle.append(worker)
+        if len(self._workers) == self._num_workers:
+            self._all_ready.set()
+
+    def _bury(self, worker: _Worker) -> None:
+        self.num_deaths += 1
+        worker.sender.close()
+        if worker in self._idle:
+            self._idle.remove(worker)
+        pool_job, worker.current = worker.current, None
+        if pool_job is None or pool_job.result.done():
+            return
+        if pool_job.attempts < _MAX_ATTEMPTS:
+            self._pending.appendleft(pool_job)
+        else:
+            pool_job.result.set_exception(ImageError("the image cannot be decoded: the decoder ended twice while reading it"))
+
+    def _on_result(self, answer: JobDone | JobFailed) -> None:
+        worker = self._workers.get(answer.worker)
+        if worker is None or worker.generation != answer.generation or worker.current is None:
+            return
+        pool_job = worker.current
+        if pool_job.job.job_id != answer.job_id:
+            return
+        worker.current = None
+        self._idle.append(worker)
+        if pool_job.result.done():
+            return
+        if isinstance(answer, JobFailed):
+            pool_job.result.set_exception(ImageError(answer.message, code=answer.code))
+        else:
+            pool_job.result.set_result(answer.seconds)
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        status = await process.wait()
+        self._end(f"the preprocess pool ended by itself (status {status}); its last lines in the log say why")
+        logger.error("%s", self._dead)
+        self._on_failure(str(self._dead))
+
+    def _end(self, reason: str) -> None:
+        """Fail every job. Whatever comes later fails at once."""
+        if self._dead is not None:
+            return
+        self._dead = reason
+        self._all_ready.set()
+        running = [worker.current for worker in self._workers.values() if worker.current is not None]
+        for worker in self._workers.values():
+            worker.current = None
+            worker.sender.close()
+        for pool_job in (*self._pending, *running):
+            if not pool_job.result.done():
+                pool_job.result.set_exception(EngineError(reason))
+        self._pending.clear()
+        self._idle.clear()

@@ -1,0 +1,242 @@
+"""A conversation, a raw text or token ids, made into prompt token ids with every picture's placeholder expanded.
+
+The chat template is rendered and tokenized with ONE placeholder per picture; expansion happens on ids. What a user typed is
+text and nothing else: a special token's spelling in it becomes ordinary tokens, never the special id. For all other input the
+ids equal those of transformers' `processor.apply_chat_template(..., tokenize=True)`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+from mmv1.config import read_json
+from mmv1.errors import ConfigError, RequestError
+from mmv1.preprocess.media import ImageSource
+
+_ROLE = re.compile(r"[a-z_]{1,32}")
+_SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePart:
+    source: ImageSource
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `role` as the chat template knows it: system, user, assistant."""
+
+    role: str
+    content: str | Sequence[TextPart | ImagePart]
+
+
+def image_sources(messages: Sequence[Message]) -> list[ImageSource]:
+    """The pictures of a conversation, in the order of their placeholders."""
+    parts = (part for message in messages if not isinstance(message.content, str) for part in message.content)
+    return [part.source for part in parts if isinstance(part, ImagePart)]
+
+
+class PromptRenderer:
+    """Everything that turns prompts into token ids, read once from the model directory.
+
+    `tokenizer` is shared with whoever turns ids back into text; encoding with it never yields a special id, special tokens
+    being split off before. Raises ConfigError where the directory lacks what is needed.
+    """
+
+    def __init__(self, model_dir: Path, *, image_token_id: int, video_token_id: int) -> None:
+        try:
+            self.tokenizer: Tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+        except Exception:  # the library raises a bare Exception
+            raise ConfigError("the model directory has no readable tokenizer.json") from None
+        self.tokenizer.encode_special_tokens = True
+        added = self.tokenizer.get_added_tokens_decoder()
+        specials = {token.content: (token_id, token) for token_id, token in added.items() if token.special}
+        self._special_ids = {text: token_id for text, (token_id, _) in specials.items()}
+        self._specials = _any_of([_with_spaces(text, token) for text, (_, token) in _longest_first(specials)])
+        self._shield = _Shield(list(specials))
+        self._image_token_id = image_token_id
+        self._video_token_id = video_token_id
+        self._vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        config = read_json(model_dir / "tokenizer_config.json")
+        self._template_variables = {name: _token_text(config[name]) for name in _SPECIAL_TOKEN_NAMES if config.get(name)}
+        source = _find_template(model_dir, config)
+        self._template = None if source is None else _compile(source)
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation, one placeholder per picture. Raises RequestError."""
+        if self._template is None:
+            raise RequestError("this model has no chat template: send a plain prompt", param="messages")
+        turns = [self._turn(message) for message in messages]
+        try:
+            variables = {**self._template_variables, "add_generation_prompt": add_generation_prompt}
+            text = self._template.render(messages=turns, tools=None, documents=None, **variables)
+        except jinja2.TemplateError as error:
+            raise RequestError(f"the model's chat template refuses these messages: {error.message}", param="messages") from None
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+            raise RequestError("the model's chat template cannot render these messages", param="messages") from None
+        return self._encode(text)
+
+    def render_text(self, text: str) -> list[int]:
+        """Token ids of a raw prompt, in which special tokens mean themselves; one placeholder per picture."""
+        return self._encode(text)
+
+    def check_ids(self, token_ids: Sequence[int]) -> list[int]:
+        """A raw prompt given as ids, one placeholder per picture. Raises RequestError."""
+        ids = list(token_ids)
+        if not all(isinstance(token, int) and 0 <= token < self._vocab_size for token in ids):
+            raise RequestError(f"prompt token ids must be integers from 0 to {self._vocab_size - 1}", param="prompt")
+        return ids
+
+    def expand(self, token_ids: list[int], num_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Repeat the i-th placeholder num_tokens[i] times: the new ids, and each picture's offset in them.
+
+        Raises RequestError when placeholders and pictures do not correspond.
+        """
+        places = [index for index, token in enumerate(token_ids) if token == self._image_token_id]
+        if len(places) != len(num_tokens):
+            message = f"the prompt has {len(places)} placeholders for {len(num_tokens)} images"
+            raise RequestError(message, code="image_placeholder_mismatch", param="messages")
+        if self._video_token_id in token_ids:
+            raise RequestError("the prompt has a placeholder for a video, which is not supported", param="messages")
+        expanded: list[int] = []
+        offsets: list[int] = []
+        done = 0
+        for place, count in zip(places, num_tokens, strict=True):
+            expanded += token_ids[done:place]
+            offsets.append(len(expanded))
+            expanded += [self._image_token_id] * count
+            done = place + 1
+        return expanded + token_ids[done:], offsets
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        if not _ROLE.fullmatch(message.role):
+            raise RequestError("a message's role must be a short lower-case word", param="messages")
+        if isinstance(message.content, str):
+            return {"role": message.role, "content": self._shield.cover(message.content)}
+        parts = [
+            {"type": "text", "text": self._shield.cover(part.text)} if isinstance(part, TextPart) else {"type": "image"}
+            for part in message.content
+        ]
+        return {"role": message.role, "content": parts}
+
+    def _encode(self, text: str) -> list[int]:
+        """Split at special tokens, encode what lies between as plain text."""
+        ids: list[int] = []
+        position = 0
+        for match in self._specials.finditer(text):
+            ids += self._encode_plain(text[position : match.start()])
+            ids.append(self._special_ids[match.group().strip() if match.group() not in self._special_ids else match.group()])
+            position = match.end()
+        return ids + self._encode_plain(text[position:])
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if not text:
+            return []
+        return list(self.tokenizer.encode(self._shield.uncover(text), add_special_tokens=False).ids)
+
+
+class _Shield:
+    """Covers special tokens' spellings in user text while it passes through the template, so that only the template's own
+    are seen as special afterwards.
+
+    A cover is a private-use character, a random word of this process, the spelling's number, and the character again: it has
+    no spaces for a template to strip and cannot be guessed. The beginning of a spelling at the end of a text is covered too,
+    or two neighbouring texts could spell a special token together.
+    """
+
+    def __init__(self, specials: list[str]) -> None:
+        beginnings = {special[:length] for special in specials for length in range(1, len(special))}
+        self._spellings = sorted(beginnings | set(specials))
+        self._number = {spelling: number for number, spelling in enumerate(self._spellings)}
+        self._exposed = re.compile(
+            f"{_any_of([re.escape(s) for s in sorted(specials, key=len, reverse=True)]).pattern}"
+            rf"|{_any_of([re.escape(s) for s in sorted(beginnings, key=len, reverse=True)]).pattern}(?=\s*\Z)"
+        )
+        self._mark = f"\ue0f1{secrets.token_hex(8)}."
+        self._covered = re.compile(re.escape(self._mark) + "([0-9]+)\ue0f1")
+
+    def cover(self, text: str) -> str:
+        return self._exposed.sub(lambda match: f"{self._mark}{self._number[match.group()]}\ue0f1", text)
+
+    def uncover(self, text: str) -> str:
+        return self._covered.sub(lambda match: self._spellings[int(match.group(1))], text)
+
+
+def _longest_first(specials: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(specials.items(), key=lambda item: len(item[0]), reverse=True)
+
+
+def _with_spaces(text: str, token: Any) -> str:
+    """The pattern of one special token, with the spaces it takes to itself."""
+    return (r"\s*" if token.lstrip else "") + re.escape(text) + (r"\s*" if token.rstrip else "")
+
+
+def _any_of(patterns: list[str]) -> re.Pattern[str]:
+    return re.compile(f"(?:{'|'.join(patterns)})" if patterns else r"(?!)")
+
+
+def _token_text(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _find_template(model_dir: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, else chat_template.json, else tokenizer_config.json; transformers' order. None: the model has none."""
+    try:
+        return (model_dir / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    template = read_json(model_dir / "chat_template.json").get("chat_template") or tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((named["template"] for named in template if named.get("name") == "default"), None)
+    return template
+
+
+def _compile(source: str) -> jinja2.Template:
+    """The template in a sandbox, with what transformers offers to templates. Raises ConfigError."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+
+    def strftime_now(format: str) -> str:
+        return datetime.datetime.now().strftime(format)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"the model's chat template has an error in line {error.lineno}: {error.message}") from None
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks assistant text for training; here it renders what it encloses."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)

@@ -1,0 +1,219 @@
+"""The worker's memory of its requests, and each step's inputs made from it.
+
+A request keeps one row from its arrival until it is forgotten, so nothing moves when others leave: a step names the rows it
+runs. Rows are columns of numpy arrays on the host; block tables and token ids also live on the device, where only what changed
+is written. The device's token ids are complete: the sampler writes there, and the next step reads its inputs from there, so the
+host needs no sampled id to go on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mmv1.errors import EngineError
+from mmv1.runner.attention.backend import AttentionMetadata
+from mmv1.runner.platform import Platform
+from mmv1.runner.positions import RequestPositions
+from mmv1.runner.sampling_columns import SamplingBatch, SamplingColumns
+from mmv1.step import CachedRequestData, NewRequestData
+from mmv1.types import MMFeature
+
+
+class DeviceTable:
+    """int32 [rows, width] on the device, zero at first; host writes are collected and sent together."""
+
+    def __init__(self, platform: Platform, num_rows: int, width: int) -> None:
+        self.width = width
+        self.tensor = torch.zeros(num_rows, width, dtype=torch.int32, device=platform.device)
+        self.flat = self.tensor.view(-1)
+        self._platform = platform
+        self._pending: list[tuple[int, np.ndarray]] = []
+
+    def write(self, row: int, start: int, values: np.ndarray) -> None:
+        self._pending.append((row * self.width + start, values))
+
+    def flush(self) -> None:
+        """Send what was written. Of two writes to one place in one flush, neither is sure to win: do not."""
+        if not self._pending:
+            return
+        places = np.concatenate([np.arange(start, start + len(values)) for start, values in self._pending])
+        values = np.concatenate([values for _, values in self._pending])
+        self._pending.clear()
+        self.flat.index_copy_(0, self._platform.upload(places), self._platform.upload(values))
+
+
+@dataclass(frozen=True)
+class RequestState:
+    """What of a request never changes while it is known."""
+
+    row: int
+    features: list[MMFeature]
+    features_end: int  # in tokens; 0 without pictures
+    positions: RequestPositions
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """One step, flattened: the tokens of R requests one after another, T in all; S of the requests sample."""
+
+    request_ids: list[str]
+    starts: np.ndarray  # int64 [R], host: a request's first token in the step
+    computed: np.ndarray  # int64 [R], host: tokens computed before the step
+    query_lens: np.ndarray  # int64 [R], host
+    input_ids: torch.Tensor  # int32 [T]
+    positions: torch.Tensor  # int32 [axes, T]
+    attention: AttentionMetadata
+    sampling_ids: list[str]  # of the S requests
+    sampling_rows: np.ndarray  # int64 [S], host
+    sampling_tokens: torch.Tensor  # int64 [S]: their last tokens in the step
+    sampled_places: torch.Tensor  # int64 [S]: where in token_ids.flat the sampled ids go
+
+
+class InputBatch:
+    """`num_position_axes`: see `Model`. At most `max_num_seqs` requests are known at a time."""
+
+    def __init__(
+        self, platform: Platform, *, max_num_seqs: int, max_model_len: int, block_size: int, num_position_axes: int
+    ) -> None:
+        self._platform = platform
+        self._block_size = block_size
+        self._num_axes = num_position_axes
+        max_blocks = -(-max_model_len // block_size)
+        self.token_ids = DeviceTable(platform, max_num_seqs, max_model_len + 1)  # and one sampled past the end
+        self._block_table = DeviceTable(platform, max_num_seqs, max_blocks)
+        self._block_ids = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_computed = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # known here or on the device, those in flight included
+        self._position_delta = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_prompt = np.zeros(max_num_seqs, dtype=np.int64)
+        self._sampling = SamplingColumns(max_num_seqs)
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._states: dict[str, RequestState] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def state(self, request_id: str) -> RequestState:
+        return self._states[request_id]
+
+    def remove(self, request_id: str) -> None:
+        state = self._states.pop(request_id, None)
+        if state is None:
+            raise EngineError(f"a step ends request {request_id}, which the worker does not know")
+        self._free_rows.append(state.row)
+
+    def add(self, data: NewRequestData, positions: RequestPositions, seed: int) -> None:
+        """`seed` as an unsigned 64-bit number: the request's own, or the one chosen for it."""
+        if data.request_id in self._states or not self._free_rows:
+            raise EngineError(f"a step brings request {data.request_id}, which is known already or one more than there are rows")
+        row = self._free_rows.pop()
+        end = data.mm_features[-1].offset + data.mm_features[-1].num_tokens if data.mm_features else 0
+        self._states[data.request_id] = RequestState(row, data.mm_features, end, positions)
+        self.token_ids.write(row, 0, np.array(data.token_ids, dtype=np.int32))
+        self._num_blocks[row] = 0
+        self._append_blocks(row, data.block_ids)
+        self._num_computed[row] = data.num_computed_tokens
+        self._num_tokens[row] = len(data.token_ids)
+        self._num_prompt[row] = data.num_prompt_tokens
+        self._position_delta[row] = positions.delta
+        self._sampling.set(row, data.sampling_params, data.num_prompt_tokens, seed)
+
+    def update(self, cached: CachedRequestData) -> None:
+        for request_id, block_ids in zip(cached.request_ids, cached.new_block_ids, strict=True):
+            self._append_blocks(self._states[request_id].row, block_ids)
+
+    def _append_blocks(self, row: int, block_ids: list[int]) -> None:
+        start = int(self._num_blocks[row])
+        values = np.array(block_ids, dtype=np.int32)
+        self._block_ids[row, start : start + len(values)] = values
+        self._block_table.write(row, start, values)
+        self._num_blocks[row] = start + len(values)
+
+    def prepare(self, num_scheduled_tokens: dict[str, int]) -> StepInputs:
+        """The step's inputs; its tokens count as computed from here on, and what it samples as known."""
+        self.token_ids.flush()
+        self._block_table.flush()
+        request_ids = list(num_scheduled_tokens)
+        states = [self._states[request_id] for request_id in request_ids]
+        rows = np.array([state.row for state in states], dtype=np.int64)
+        query_lens = np.fromiter(num_scheduled_tokens.values(), dtype=np.int64, count=len(rows))
+        computed = self._num_computed[rows]
+        seq_lens = computed + query_lens
+        self._check(request_ids, rows, seq_lens)
+        ends = np.cumsum(query_lens)
+        starts = ends - query_lens
+        token_row = np.repeat(rows, query_lens)  # [T]
+        index = np.arange(ends[-1]) + np.repeat(computed - starts, query_lens)  # [T]: place in the request
+        positions = self._positions(states, token_row, index, starts, computed, query_lens)
+        block = self._block_ids[token_row, index // self._block_size].astype(np.int64)
+        slot_mapping = block * self._block_size + index % self._block_size
+
+        samples = np.flatnonzero(seq_lens == self._num_tokens[rows])
+        sampling_rows = rows[samples]
+        self._num_computed[rows] = seq_lens
+        self._num_tokens[sampling_rows] += 1
+        width = self.token_ids.width
+        token_places, slots, row_index, sampling_tokens, sampled_places = self._platform.upload_together(
+            token_row * width + index, slot_mapping, rows, ends[samples] - 1, sampling_rows * width + seq_lens[samples]
+        )
+        query_start_loc = np.zeros(len(rows) + 1, dtype=np.int32)
+        query_start_loc[1:] = ends
+        start_loc, lens, flat_positions = self._platform.upload_together(
+            query_start_loc, seq_lens.astype(np.int32), positions.reshape(-1)
+        )
+        max_blocks = int(-(-seq_lens.max() // self._block_size))
+        return StepInputs(
+            request_ids=request_ids,
+            starts=starts,
+            computed=computed,
+            query_lens=query_lens,
+            input_ids=self.token_ids.flat.index_select(0, token_places),
+            positions=flat_positions.view(self._num_axes, -1),
+            attention=AttentionMetadata(
+                query_lens=query_lens,
+                seq_lens=seq_lens,
+                query_start_loc=start_loc,
+                seq_lens_device=lens,
+                block_table=self._block_table.tensor[:, :max_blocks].index_select(0, row_index),
+                slot_mapping=slots,
+                block_size=self._block_size,
+            ),
+            sampling_ids=[request_ids[i] for i in samples],
+            sampling_rows=sampling_rows,
+            sampling_tokens=sampling_tokens,
+            sampled_places=sampled_places,
+        )
+
+    def _check(self, request_ids: list[str], rows: np.ndarray, seq_lens: np.ndarray) -> None:
+        """The scheduler's promises: no token is run before it is known, nor without a block."""
+        broken = (seq_lens > self._num_tokens[rows]) | (seq_lens > self._num_blocks[rows] * self._block_size)
+        if broken.any():
+            request_id = request_ids[int(broken.argmax())]
+            raise EngineError(f"a step runs more tokens of request {request_id} than are known or have room")
+
+    def _positions(
+        self,
+        states: list[RequestState],
+        token_row: np.ndarray,
+        index: np.ndarray,
+        starts: np.ndarray,
+        computed: np.ndarray,
+        query_lens: np.ndarray,
+    ) -> np.ndarray:
+        """int32 [axes, T]: past the prompt all axes agree, inside it the family has placed each token."""
+        positions = np.empty((self._num_axes, len(index)), dtype=np.int32)
+        positions[:] = index + self._position_delta[token_row]
+        rows = token_row[starts]
+        for i in np.flatnonzero(computed < self._num_prompt[rows]):
+            start, first = int(starts[i]), int(computed[i])
+            prompt = states[i].positions.prompt[:, first : first + int(query_lens[i])]
+            positions[:, start : start + prompt.shape[1]] = prompt
+        return positions
+
+    def sampling_batch(self, rows: np.ndarray) -> SamplingBatch:
+        """The parameters of the requests at `rows`, for the token that `prepare` has just counted as known."""
+        return self._sampling.select(rows, self._num_tokens[rows] - 1)

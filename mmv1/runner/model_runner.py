@@ -1,0 +1,124 @@
+"""The order of a step, nothing else: learn what changed, encode, prepare, forward, logits, sample, hand over the output."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mmv1.encoder_cache.tensors import EncoderCacheTensors
+from mmv1.models.interface import Model
+from mmv1.runner.attention.backend import AttentionBackend, PagedAttention
+from mmv1.runner.encoder_runner import EncoderRunner
+from mmv1.runner.input_batch import InputBatch
+from mmv1.runner.platform import HostCopy, Platform
+from mmv1.runner.positions import request_positions
+from mmv1.runner.sampler import Sampler, SamplerOutput
+from mmv1.step import ModelRunnerOutput, NewRequestData, SchedulerOutput
+from mmv1.types import TokenLogprobs
+
+
+class PendingOutput:
+    """A step that has been launched. `wait` gives its result and may be called on another thread, meanwhile the next step may
+    be launched."""
+
+    def __init__(self, step_id: int, request_ids: list[str], sampled: SamplerOutput | None, num_logprobs: np.ndarray) -> None:
+        self._step_id = step_id
+        self._request_ids = request_ids
+        self._num_logprobs = num_logprobs
+        self._logprobs_of = sampled.logprobs.requests if sampled and sampled.logprobs else None
+        tensors: Sequence[torch.Tensor] = () if sampled is None else (sampled.token_ids, *(sampled.logprobs or ())[1:])
+        self._copy = HostCopy(tensors)
+
+    def wait(self) -> ModelRunnerOutput:
+        values = self._copy.wait()
+        token_ids = values[0].tolist() if values else []
+        logprobs = self._read_logprobs(token_ids, *values[1:]) if self._logprobs_of is not None else None
+        return ModelRunnerOutput(
+            step_id=self._step_id, request_ids=self._request_ids, sampled_token_ids=token_ids, logprobs=logprobs
+        )
+
+    def _read_logprobs(
+        self, token_ids: list[int], top_ids: np.ndarray, top_logprobs: np.ndarray, sampled: np.ndarray, ranks: np.ndarray
+    ) -> dict[str, TokenLogprobs]:
+        result = {}
+        for i, place in enumerate(self._logprobs_of.tolist() if self._logprobs_of is not None else ()):
+            count = int(self._num_logprobs[place])
+            result[self._request_ids[place]] = TokenLogprobs(
+                [token_ids[place], *top_ids[i, :count].tolist()],
+                [float(sampled[i]), *top_logprobs[i, :count].tolist()],
+                int(ranks[i]),
+            )
+        return result
+
+
+class ModelRunner:
+    """Runs steps on one device. `seed` chooses for requests that bring no seed of their own."""
+
+    def __init__(
+        self,
+        model: Model,
+        platform: Platform,
+        backend: AttentionBackend,
+        kv_caches: Sequence[torch.Tensor],
+        encoder_cache: EncoderCacheTensors,
+        pixel_slab: np.ndarray | None,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._kv_caches = kv_caches
+        self._encoder_cache = encoder_cache
+        self._encoder = EncoderRunner(model, platform, backend, encoder_cache, pixel_slab)
+        self._batch = InputBatch(
+            platform,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_position_axes=model.num_position_axes,
+        )
+        self._sampler = Sampler(platform, model.vocab_size)
+        self._seed = seed
+
+    @torch.inference_mode()
+    def execute(self, step: SchedulerOutput) -> PendingOutput:
+        """Launch a step. Raises EngineError when the step contradicts what the worker knows."""
+        self._update(step)
+        self._encoder.encode(step.encoder_inputs)
+        if not step.num_scheduled_tokens:
+            return PendingOutput(step.step_id, [], None, np.empty(0))
+        inputs = self._batch.prepare(step.num_scheduled_tokens)
+        embedded = self._model.embed(inputs.input_ids, *self._encoder.gather(inputs, self._batch))
+        attention = PagedAttention(self._backend, self._kv_caches, inputs.attention)
+        hidden = self._model.forward(embedded, inputs.positions, attention)
+        if not inputs.sampling_ids:
+            return PendingOutput(step.step_id, [], None, np.empty(0))
+        logits = self._model.compute_logits(hidden.index_select(0, inputs.sampling_tokens))
+        token_ids = self._batch.token_ids
+        params = self._batch.sampling_batch(inputs.sampling_rows)
+        sampled = self._sampler(logits, params, token_ids.tensor)
+        token_ids.flat.index_copy_(0, inputs.sampled_places, sampled.token_ids.int())
+        return PendingOutput(step.step_id, inputs.sampling_ids, sampled, params.logprobs)
+
+    def _update(self, step: SchedulerOutput) -> None:
+        for request_id in step.finished_request_ids:
+            self._batch.remove(request_id)
+        self._encoder_cache.free(step.free_mm_hashes)
+        for data in step.new_requests:
+            positions = request_positions(self._model, data.num_prompt_tokens, data.mm_features)
+            self._batch.add(data, positions, self._seed_of(data))
+        self._batch.update(step.cached_requests)
+
+    def _seed_of(self, data: NewRequestData) -> int:
+        """64 bits: the request's own seed; without one, a hash of the engine's seed and the request's id."""
+        if data.sampling_params.seed is not None:
+            return data.sampling_params.seed % (1 << 64)
+        key = (self._seed % (1 << 64)).to_bytes(8, "little")
+        digest = hashlib.blake2b(data.request_id.encode(), key=key, digest_size=8).digest()
+        return int.from_bytes(digest, "little")

@@ -1,0 +1,97 @@
+"""The one place that knows which accelerator there is: its device, its memory, and how bytes travel to it and back.
+
+Transfers never block the host: uploads leave from pinned memory, downloads land in it and are waited for by an event. On a CPU
+all of that is nothing, and the same calls cost nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class HostCopy:
+    """Tensors on their way to the host. `wait` may be called on another thread than the one that launched the step."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        if not any(tensor.is_cuda for tensor in tensors):
+            self._host = list(tensors)
+            return
+        self._host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        for host, tensor in zip(self._host, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event(blocking=True)
+        self._event.record()
+
+    def wait(self) -> list[np.ndarray]:
+        """The tensors' values, once the device has got there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.numpy() for tensor in self._host]
+
+
+class Platform:
+    """The device this process runs on: the first CUDA device it can see, else the CPU."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.is_cuda = self.device.type == "cuda"
+        self.default_attention_backend = "sdpa"
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.is_cuda else "cpu"
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """`array` on the device. On a CPU the tensor shares the array's memory: do not write to it afterwards."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.is_cuda else tensor
+
+    def upload_together(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Flat arrays of one dtype in one transfer; views of one tensor."""
+        if not self.is_cuda:
+            return tuple(torch.from_numpy(array) for array in arrays)
+        return self.upload(np.concatenate(arrays)).split([array.size for array in arrays])
+
+    def staging(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Host memory to fill and then send with `.to(device, non_blocking=True)`."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self.is_cuda)
+
+    def available_host_bytes(self) -> int:
+        """Memory this process could still take: what the machine has left, within its control group's limit."""
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        for line in _read(Path("/proc/meminfo")).splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+        limit, used = (_read(Path("/sys/fs/cgroup") / name).strip() for name in ("memory.max", "memory.current"))
+        if limit.isdigit() and used.isdigit():
+            available = min(available, int(limit) - int(used))
+        return max(available, 0)
+
+    def start_measuring(self) -> None:
+        """Forget earlier peaks of the device's memory."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def measured_free_bytes(self, utilization: float) -> int:
+        """What `utilization` of the device leaves beside the peak since `start_measuring` and what others hold on it."""
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_reserved(self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        beside_torch = total - free - torch.cuda.memory_reserved(self.device)
+        torch.cuda.empty_cache()
+        return int(total * utilization) - peak - beside_torch
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

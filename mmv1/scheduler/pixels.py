@@ -1,0 +1,126 @@
+"""Which pictures' pixels the core has asked for, and where they lie. Pixels are asked for when they turn out to be needed.
+
+A picture is here from the moment it is asked for until the step that encodes it has been executed, or until no live request
+wants it. The answer to an older ticket is recognised and dropped. Sizes are in patches, the unit both sides know.
+"""
+
+from __future__ import annotations
+
+from mmv1.types import FeatureFailed, FeatureReady, MMFeature, PixelRequest
+
+
+class PixelState:
+    __slots__ = ("encode_step", "nbytes", "num_patches", "offset", "ticket", "wanted_by")
+
+    def __init__(self, ticket: int, num_patches: int) -> None:
+        self.ticket = ticket
+        self.num_patches = num_patches
+        self.wanted_by: set[str] = set()  # request ids
+        self.offset = self.nbytes = -1  # in the slab, once ready
+        self.encode_step: int | None = None  # the last step that reads the slot, while it is in flight
+
+    @property
+    def is_ready(self) -> bool:
+        return self.offset >= 0
+
+
+class PixelLedger:
+    """`max_ahead_patches` bounds what is asked for ahead of need, so that a slot is left for what a running request needs."""
+
+    def __init__(self, max_ahead_patches: int) -> None:
+        self._max_ahead_patches = max_ahead_patches
+        self._states: dict[bytes, PixelState] = {}
+        self._wanted: dict[str, set[bytes]] = {}  # request_id -> hashes it is listed at
+        self._num_patches = 0
+        self._ticket = 0
+        self._requests: list[PixelRequest] = []
+        self._releases: list[bytes] = []
+        self.num_requests = 0
+
+    def get(self, mm_hash: bytes) -> PixelState | None:
+        return self._states.get(mm_hash)
+
+    def want(self, feature: MMFeature, request_id: str, *, ahead: bool) -> PixelState | None:
+        """The picture's state, asking for its pixels if nobody has. None: not now, too much is asked for ahead already."""
+        state = self._states.get(feature.mm_hash)
+        if state is None:
+            frames, height, width = feature.grid_thw
+            num_patches = frames * height * width
+            if ahead and self._num_patches + num_patches > self._max_ahead_patches:
+                return None
+            self._ticket += 1
+            state = self._states[feature.mm_hash] = PixelState(self._ticket, num_patches)
+            self._num_patches += num_patches
+            self._requests.append(PixelRequest(feature.mm_hash, self._ticket))
+            self.num_requests += 1
+        if request_id not in state.wanted_by:
+            state.wanted_by.add(request_id)
+            self._wanted.setdefault(request_id, set()).add(feature.mm_hash)
+        return state
+
+    def ready(self, message: FeatureReady) -> bool:
+        """Pixels arrived. False if they are no longer awaited under that ticket."""
+        state = self._states.get(message.mm_hash)
+        if state is None or state.ticket != message.ticket or state.is_ready:
+            return False
+        state.offset, state.nbytes = message.offset, message.nbytes
+        return True
+
+    def failed(self, message: FeatureFailed) -> list[str]:
+        """Pixels cannot be had: the ids of the requests that wanted them."""
+        state = self._states.get(message.mm_hash)
+        if state is None or state.ticket != message.ticket:
+            return []
+        self._remove(message.mm_hash, state)
+        return list(state.wanted_by)
+
+    def encoding(self, mm_hash: bytes, step_id: int) -> PixelState:
+        """The picture is being encoded by this step, which reads its slot."""
+        state = self._states[mm_hash]
+        state.encode_step = step_id
+        return state
+
+    def encoded(self, mm_hash: bytes, step_id: int) -> None:
+        """The step has been executed: the slot is released, unless a later step in flight reads it again."""
+        state = self._states.get(mm_hash)
+        if state is not None and state.encode_step == step_id:
+            self._remove(mm_hash, state)
+            self._releases.append(mm_hash)
+
+    def forget_request(self, request_id: str) -> None:
+        """The request wants no more pixels: what only it wanted is released, or withdrawn."""
+        for mm_hash in self._wanted.pop(request_id, ()):
+            state = self._states[mm_hash]
+            state.wanted_by.discard(request_id)
+            if not state.wanted_by and state.encode_step is None:
+                self._remove(mm_hash, state)
+                self._releases.append(mm_hash)
+
+    def _remove(self, mm_hash: bytes, state: PixelState) -> None:
+        del self._states[mm_hash]
+        self._num_patches -= state.num_patches
+        for request_id in state.wanted_by:
+            wanted = self._wanted[request_id]
+            wanted.discard(mm_hash)
+            if not wanted:
+                del self._wanted[request_id]
+
+    def take_messages(self) -> tuple[list[PixelRequest], list[bytes]]:
+        """What to tell the API server since the last call. The receiver applies the releases first, so a picture released and
+        asked for again in between stays wanted; what was asked for and given up again is not sent at all."""
+        requests, self._requests = self._requests, []
+        releases, self._releases = self._releases, []
+        states = self._states
+        current = [r for r in requests if (state := states.get(r.mm_hash)) is not None and state.ticket == r.ticket]
+        return current, releases
+
+    @property
+    def num_pending(self) -> int:
+        return len(self._states)
+
+    def check_integrity(self) -> None:
+        if self._num_patches != sum(state.num_patches for state in self._states.values()):
+            raise RuntimeError("outstanding patches are not the sum of the states")
+        pairs = {(request_id, mm_hash) for request_id, hashes in self._wanted.items() for mm_hash in hashes}
+        if pairs != {(request_id, mm_hash) for mm_hash, state in self._states.items() for request_id in state.wanted_by}:
+            raise RuntimeError("requests and pictures disagree on who wants what")

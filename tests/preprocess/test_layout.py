@@ -1,0 +1,124 @@
+"""Sizes, grids and token counts as transformers computes them, and bounds that hold."""
+
+import json
+import random
+
+import pytest
+from mmv1.config import ModelConfig
+from mmv1.errors import ConfigError, ImageError
+from mmv1.preprocess.layout import Qwen2VLLayout, load_layout
+
+IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+
+
+def make_layout(processor=None, **overrides):
+    return Qwen2VLLayout(processor or {}, IDS, **overrides)
+
+
+def model_config(path, **changes):
+    fields = dict(
+        path=str(path), served_model_name="m", architecture="Qwen2_5_VLForConditionalGeneration", hf_config=IDS, dtype="float32",
+        load_format="auto", max_model_len=4096, eos_token_ids=(), vocab_size=100, seed=0,
+    )
+    return ModelConfig(**{**fields, **changes})
+
+
+def random_sizes(count, limit=6000):
+    rng = random.Random(0)
+    sizes = [(rng.randint(1, limit), rng.randint(1, limit)) for _ in range(count)]
+    sizes += [(rng.randint(1, 60), rng.randint(1, 60)) for _ in range(count)]
+    sizes += [(rng.randint(1, 30), rng.randint(1, limit)) for _ in range(count)]
+    sizes += [(14 * rng.randint(1, 99), 14 * rng.randint(1, 99)) for _ in range(count)]  # halves, which round to even
+    return sizes
+
+
+@pytest.mark.parametrize(("low", "high"), [(3136, 1003520), (3136, 12845056), (3136, 50176), (784, 784), (256 * 784, 260 * 784)])
+def test_equal_to_transformers(low, high):
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
+
+    oracle = Qwen2VLImageProcessor(min_pixels=low, max_pixels=high)
+    layout = make_layout(min_pixels=low, max_pixels=high)
+    most = layout.max_image_tokens(1 << 30)
+    for height, width in random_sizes(500):
+        try:
+            expected = smart_resize(height, width, 28, low, high)
+        except ValueError:
+            with pytest.raises(ImageError):
+                layout.place(width, height)
+            continue
+        place = layout.place(width, height)
+        assert (place.resized_height, place.resized_width) == expected
+        assert place.num_tokens * 4 == oracle.get_number_of_image_patches(height, width)
+        assert place.grid_thw == (1, expected[0] // 14, expected[1] // 14)
+        assert place.nbytes == place.grid_thw[1] * place.grid_thw[2] * 588
+        assert 1 <= place.num_tokens <= most
+
+
+@pytest.mark.parametrize(("low", "high"), [(3136, 1003520), (3136, 50176), (784, 784), (1, 784), (100 * 784, 101 * 784)])
+def test_no_shape_has_more_tokens_than_the_bound(low, high):
+    layout = make_layout(min_pixels=low, max_pixels=high)
+    bound = layout.max_image_tokens(1 << 30)
+    worst = 0
+    for aspect in (1, 1.5, 2, 3, 7, 20, 50, 99, 150, 199, 200):
+        for side in (1, 2, 3, 5, 10, 27, 28, 29, 42, 56, 100, 300, 700, 1500):
+            for width, height in ((round(side * aspect), side), (side, round(side * aspect))):
+                if max(width, height) <= 200 * min(width, height):
+                    worst = max(worst, layout.place(width, height).num_tokens)
+    assert worst <= bound
+    assert bound <= 8 * worst + 64  # and it is a bound worth having
+
+
+def test_max_image_tokens_within_the_context():
+    assert make_layout().max_image_tokens(100) == 99
+    assert make_layout().max_image_tokens(100_000) == 1280
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14},
+        {"size": {"shortest_edge": 3136, "longest_edge": 12845056}},
+        {"size": {"min_pixels": 3136, "max_pixels": 12845056}},
+        {"size": {"shortest_edge": 1, "longest_edge": 2}, "min_pixels": 3136, "max_pixels": 12845056},
+    ],
+)
+def test_both_dialects(processor):
+    layout = make_layout(processor)
+    assert (layout.min_pixels, layout.max_pixels) == (3136, 12845056)
+    assert make_layout(processor, max_pixels=50176).max_pixels == 50176
+
+
+def test_defaults_are_transformers():
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    oracle, layout = Qwen2VLImageProcessor(), make_layout()
+    assert (layout.min_pixels, layout.max_pixels) == (oracle.size["shortest_edge"], oracle.size["longest_edge"])
+    for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "rescale_factor"):
+        assert getattr(layout, name) == getattr(oracle, name)
+
+
+def test_every_number_is_in_the_fingerprint():
+    changes = [
+        {"min_pixels": 784}, {"max_pixels": 784000}, {"patch_size": 16}, {"merge_size": 4}, {"temporal_patch_size": 1},
+        {"resample": 2}, {"image_mean": [0.5] * 3}, {"image_std": [0.5] * 3}, {"rescale_factor": 1.0},
+    ]
+    prints = {make_layout(change).fingerprint for change in [{}, *changes]}
+    assert len(prints) == len(changes) + 1
+
+
+@pytest.mark.parametrize("processor", [{"resample": 1}, {"do_resize": False}, {"min_pixels": 2, "max_pixels": 1}])
+def test_what_is_not_supported_is_refused(processor):
+    with pytest.raises(ConfigError):
+        make_layout(processor)
+
+
+def test_registry(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"max_pixels": 50176}))
+    assert load_layout(model_config(tmp_path)).max_pixels == 50176
+    assert load_layout(model_config(tmp_path, architecture="", hf_config={**IDS, "model_type": "qwen2_5_vl"})).image_token_id == 1
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"max_pixels": 100352}}))
+    assert load_layout(model_config(tmp_path)).max_pixels == 100352  # transformers 5 writes it here, and reads it first
+    with pytest.raises(ConfigError, match="LlavaForConditionalGeneration"):
+        load_layout(model_config(tmp_path, architecture="LlavaForConditionalGeneration"))
+    with pytest.raises(ConfigError, match="image_token_id"):
+        load_layout(model_config(tmp_path, hf_config={}))

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.oracle import HFOracle
+from tests.runner.driver import Driver, tiny_config
+
+
+@pytest.fixture
+def make_driver(tiny_model_dir: Path) -> Iterator[Callable[..., Driver]]:
+    """Drivers on the tiny model; keywords are EngineArgs' or the Driver's."""
+    drivers: list[Driver] = []
+
+    def make(**args: Any) -> Driver:
+        own = {name: args.pop(name) for name in ("num_blocks", "encoder_rows", "slab_bytes") if name in args}
+        drivers.append(Driver(tiny_config(tiny_model_dir, **args), **own))
+        return drivers[-1]
+
+    yield make
+    for driver in drivers:
+        driver.close()
+
+
+@pytest.fixture(scope="session")
+def image_token_id(hf_oracle: HFOracle) -> int:
+    return hf_oracle.model.config.image_token_id
