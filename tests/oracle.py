@@ -12,7 +12,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 class OracleAnswer(NamedTuple):
     prompt_token_ids: list[int]  # placeholders expanded
     token_ids: list[int]  # the greedy answer; the end-of-sequence token, if reached, is its last
-    first_logits: torch.Tensor  # [vocab_size] float32, before the first token of the answer
+    logits: torch.Tensor  # [tokens, vocab_size] float32, those each token of the answer was chosen from
+
+    @property
+    def first_logits(self) -> torch.Tensor:
+        """[vocab_size]: before the first token of the answer."""
+        return self.logits[0]
 
 
 class HFOracle:
@@ -42,4 +47,4 @@ class HFOracle:
             **inputs, **end, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
         prompt = inputs["input_ids"][0].tolist()
-        return OracleAnswer(prompt, output.sequences[0, len(prompt):].tolist(), output.logits[0][0].float())
+        return OracleAnswer(prompt, output.sequences[0, len(prompt):].tolist(), torch.cat(output.logits).float())

@@ -129,9 +129,11 @@ async def _start_and_serve(config: EngineConfig, listener: socket.socket) -> int
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, this_task.cancel)
     llm = AsyncLLM(config)
+    # The web framework is imported while the engine's process loads the model.
+    importing = asyncio.ensure_future(asyncio.to_thread(_import_server))
+    await llm.start()
     try:
-        # The web framework is imported while the engine's process loads the model.
-        _, server = await asyncio.gather(llm.start(), asyncio.to_thread(_import_server))
+        server = await importing
         return await server.serve(llm, listener)
     finally:
         await llm.close()

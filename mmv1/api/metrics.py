@@ -7,24 +7,26 @@ Counters of the engine and the preprocessor are kept there, cumulative, and read
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from mmv1.preprocess.preprocessor import PreprocessStats
 from mmv1.types import SchedulerStats
 
 _SECONDS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 
-# name on /metrics, field of SchedulerStats, help
-_GAUGES = (
+Row = tuple[str, str, str]  # name on /metrics, field of the stats, help
+
+_ENGINE_GAUGES: tuple[Row, ...] = (
     ("num_requests_running", "num_running", "Requests in the engine's batch"),
     ("num_requests_waiting", "num_waiting", "Requests waiting for the engine's batch"),
     ("encoder_cache_bytes", "encoder_cache_bytes", "Bytes of picture embeddings kept, referenced or not"),
     ("encoder_cache_capacity_bytes", "encoder_cache_capacity_bytes", "Size of the encoder cache"),
 )
-_COUNTERS = (
+_ENGINE_COUNTERS: tuple[Row, ...] = (
     ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
     ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache"),
     ("encoder_cache_queries", "encoder_cache_queries", "Pictures a request needed embedded"),
@@ -36,9 +38,24 @@ _COUNTERS = (
     ("generation_tokens", "num_generation_tokens", "Tokens generated"),
     ("engine_steps", "num_steps", "Steps of the engine"),
 )
-
-ReadStats = Callable[[], SchedulerStats]
-ReadCounters = Callable[[], Mapping[str, float]]
+_PREPROCESS_GAUGES: tuple[Row, ...] = (
+    ("preprocess_slab_bytes", "slab_bytes", "Size of the shared memory for processed pictures"),
+    ("preprocess_slab_pinned_bytes", "slab_pinned_bytes", "Of it, bytes that some request needs"),
+    ("preprocess_slab_free_bytes", "slab_free_bytes", "Of it, bytes that hold nothing"),
+    ("preprocess_waiting", "num_waiting_for_slab", "Pictures waiting for room in the shared memory"),
+    ("preprocess_encoded_bytes", "encoded_bytes", "Bytes of encoded pictures kept for live requests"),
+)
+_PREPROCESS_COUNTERS: tuple[Row, ...] = (
+    ("preprocess_images", "num_images_probed", "Pictures that came with requests"),
+    ("preprocess_decodes", "num_decodes", "Pictures decoded and resized"),
+    ("preprocess_decode_failures", "num_decode_failures", "Pictures that could not be decoded"),
+    ("preprocess_decode_seconds", "decode_seconds", "Time spent decoding and resizing"),
+    ("preprocess_slab_hits", "num_slab_hits", "Pictures found processed in the shared memory"),
+    ("preprocess_slab_evictions", "num_slab_evictions", "Processed pictures dropped for others"),
+    ("preprocess_fetches", "num_fetches", "Pictures downloaded"),
+    ("preprocess_fetched_bytes", "fetched_bytes", "Bytes downloaded"),
+    ("preprocess_worker_deaths", "num_worker_deaths", "Decoding processes that died and were replaced"),
+)
 
 
 def kv_cache_usage(stats: SchedulerStats) -> float:
@@ -49,28 +66,31 @@ def kv_cache_usage(stats: SchedulerStats) -> float:
 class _EngineCollector:
     """Reads the engine's and the preprocessor's own counters at each scrape."""
 
-    def __init__(self, model_name: str, read_stats: ReadStats, read_counters: ReadCounters) -> None:
+    def __init__(
+        self, model_name: str, read_stats: Callable[[], SchedulerStats], read_preprocess: Callable[[], PreprocessStats]
+    ) -> None:
         self._label = [model_name]
         self._read_stats = read_stats
-        self._read_counters = read_counters
+        self._read_preprocess = read_preprocess
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._read_stats()
-        for name, field, text in _GAUGES:
-            yield self._gauge(name, text, getattr(stats, field))
-        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks that live requests hold, 0 to 1", kv_cache_usage(stats))
-        for name, field, text in _COUNTERS:
-            yield self._counter(name, text, getattr(stats, field))
-        for name, value in self._read_counters().items():
-            yield self._counter(f"preprocess_{name}", f"Preprocessing of pictures: {name.replace('_', ' ')}", value)
+        stats, preprocess = self._read_stats(), self._read_preprocess()
+        yield self._sample(
+            GaugeMetricFamily, "kv_cache_usage_perc", "Share of KV blocks that live requests hold, 0 to 1", kv_cache_usage(stats)
+        )
+        for source, kind, rows in (
+            (stats, GaugeMetricFamily, _ENGINE_GAUGES),
+            (stats, CounterMetricFamily, _ENGINE_COUNTERS),
+            (preprocess, GaugeMetricFamily, _PREPROCESS_GAUGES),
+            (preprocess, CounterMetricFamily, _PREPROCESS_COUNTERS),
+        ):
+            for name, field, text in rows:
+                yield self._sample(kind, name, text, getattr(source, field))
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(f"mmv1:{name}", text, labels=["model_name"])
-        family.add_metric(self._label, value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"mmv1:{name}", text, labels=["model_name"])
+    def _sample(
+        self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str, value: float
+    ) -> GaugeMetricFamily | CounterMetricFamily:
+        family = kind(f"mmv1:{name}", text, labels=["model_name"])
         family.add_metric(self._label, value)
         return family
 
@@ -78,9 +98,11 @@ class _EngineCollector:
 class Metrics:
     """One server's metrics. `start_request` opens the clock of a client's request."""
 
-    def __init__(self, model_name: str, read_stats: ReadStats, read_counters: ReadCounters) -> None:
+    def __init__(
+        self, model_name: str, read_stats: Callable[[], SchedulerStats], read_preprocess: Callable[[], PreprocessStats]
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(model_name, read_stats, read_counters))
+        self._registry.register(_EngineCollector(model_name, read_stats, read_preprocess))
         self._model_name = model_name
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests, cached ones included")
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Request to first token", _SECONDS)
@@ -149,19 +171,19 @@ class StatisticsLine:
 
     def __init__(self) -> None:
         self._last = SchedulerStats()
-        self._last_counters: dict[str, float] = {}
+        self._last_preprocess = PreprocessStats()
 
-    def next(self, stats: SchedulerStats, counters: Mapping[str, float], elapsed_s: float) -> str | None:
+    def next(self, stats: SchedulerStats, preprocess: PreprocessStats, elapsed_s: float) -> str | None:
         last, self._last = self._last, stats
-        last_counters, self._last_counters = self._last_counters, dict(counters)
+        last_preprocess, self._last_preprocess = self._last_preprocess, preprocess
         if stats.num_steps == last.num_steps and not stats.num_running and not stats.num_waiting:
             return None
 
         def since(field: str) -> int:
             return getattr(stats, field) - getattr(last, field)
 
-        preprocessed = {name: value - last_counters.get(name, 0) for name, value in counters.items()}
-        pictures = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in preprocessed.items() if value)
+        num_decodes = preprocess.num_decodes - last_preprocess.num_decodes
+        decode_ms = 1000 * (preprocess.decode_seconds - last_preprocess.decode_seconds) / max(1, num_decodes)
         return (
             f"Avg prompt throughput: {since('num_prompt_tokens_computed') / elapsed_s:.1f} tokens/s, "
             f"Avg generation throughput: {since('num_generation_tokens') / elapsed_s:.1f} tokens/s, "
@@ -169,5 +191,5 @@ class StatisticsLine:
             f"KV cache usage: {100 * kv_cache_usage(stats):.1f}%, "
             f"Prefix cache hit rate: {_percent(since('prefix_cache_hits'), since('prefix_cache_queries'))}, "
             f"Encoder cache hit rate: {_percent(since('encoder_cache_hits'), since('encoder_cache_queries'))}, "
-            f"Preprocess: {pictures or 'nothing'}"
+            f"Preprocess: {num_decodes} images decoded, {decode_ms:.1f} ms each, {preprocess.num_waiting_for_slab} waiting"
         )

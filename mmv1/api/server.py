@@ -161,8 +161,8 @@ def create_app(llm: AsyncLLM) -> ASGIApp:
     """The ASGI application over a started AsyncLLM. Raises ConfigError when generation_config.json cannot be used."""
     model = llm.config.model
     defaults = SamplingDefaults.of_model(model.path)
-    metrics = Metrics(model.served_model_name, llm.stats, lambda: llm.preprocessor.counters)
-    card = ModelCard(id=model.served_model_name, created=int(time.time()), max_model_len=model.max_model_len)
+    metrics = Metrics(model.served_model_name, llm.stats, llm.preprocessor.stats)
+    card = ModelCard(id=model.served_model_name, created=int(time.time()), max_model_len=llm.max_model_len)
     app = FastAPI(title="mmv1", version=mmv1.__version__, redirect_slashes=False)
     for kind in (RequestError, EngineError, HTTPException, Exception):
         app.add_exception_handler(kind, _error_answer)
@@ -208,6 +208,8 @@ def create_app(llm: AsyncLLM) -> ASGIApp:
 
 
 class _Server(uvicorn.Server):
+    was_asked_to_stop = False
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are `serve`'s: uvicorn would raise them again at the end, and a clean stop would look like a kill."""
@@ -215,8 +217,8 @@ class _Server(uvicorn.Server):
 
     def stop(self) -> None:
         """Finish what is being answered, then end; the second time, at once."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        self.force_exit = self.was_asked_to_stop
+        self.was_asked_to_stop = self.should_exit = True
 
 
 async def serve(llm: AsyncLLM, listener: socket.socket) -> int:
@@ -246,7 +248,7 @@ async def serve(llm: AsyncLLM, listener: socket.socket) -> int:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
-    return 0 if llm.is_ready else 1
+    return 0 if server.was_asked_to_stop else 1
 
 
 async def _stop_with_engine(llm: AsyncLLM, server: _Server) -> None:
@@ -261,14 +263,23 @@ async def _log_statistics(llm: AsyncLLM) -> None:
     while True:
         await asyncio.sleep(_STATISTICS_INTERVAL_S)
         now = time.monotonic()
-        line = statistics.next(llm.stats(), llm.preprocessor.counters, now - before)
+        line = statistics.next(llm.stats(), llm.preprocessor.stats(), now - before)
         before = now
         if line is not None:
             logger.info(line)
 
 
 def _log_start(llm: AsyncLLM, listener: socket.socket) -> None:
+    model, ready = llm.config.model, llm.ready
+    if ready is not None:
+        num_tokens = ready.num_kv_blocks * ready.block_size
+        logger.info("Model: %s (%s), %s on %s", model.served_model_name, model.architecture, ready.dtype, ready.device)
+        logger.info("Attention backend: %s", ready.attention_backend)
+        logger.info("KV cache: %d blocks of %d tokens, %d tokens in all", ready.num_kv_blocks, ready.block_size, num_tokens)
+        concurrency = num_tokens / ready.max_model_len
+        logger.info("Maximum concurrency for %d tokens per request: %.2fx", ready.max_model_len, concurrency)
+        logger.info("Encoder cache: %.1f MiB", ready.encoder_cache_bytes / (1 << 20))
     host, port = listener.getsockname()[:2]
     for route in ("POST /v1/chat/completions", "GET /v1/models", "GET /health", "GET /metrics", "GET /docs"):
         logger.info("Route: %s", route)
-    logger.info("Serving %s on http://%s:%d", llm.config.model.served_model_name, f"[{host}]" if ":" in host else host, port)
+    logger.info("Serving %s on http://%s:%d", model.served_model_name, f"[{host}]" if ":" in host else host, port)

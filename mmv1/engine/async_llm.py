@@ -55,6 +55,11 @@ class AsyncLLM:
         return self.preprocessor.tokenizer
 
     @property
+    def is_ready(self) -> bool:
+        """Started, and not dead."""
+        return self.ready is not None and self._death is None
+
+    @property
     def max_model_len(self) -> int:
         return self.ready.max_model_len if self.ready is not None else self.config.model.max_model_len
 
@@ -109,7 +114,9 @@ class AsyncLLM:
                 self._outputs.add_request(request, parent_id=request_id, index=index, emit=stream.emit)
                 self._client.send(request)
             while not stream.finished:
-                yield await stream.next()
+                output = await stream.next()
+                output.prompt_token_ids = prepared.prompt_token_ids
+                yield output
             core_ids.clear()
         finally:
             del self._streams[request_id]

@@ -168,7 +168,12 @@ async def _complete(engine: AsyncLLM, prompt: Prompt, sampling_params: SamplingP
                 append_output(known, output)
     assert last is not None
     return RequestOutput(
-        last.request_id, [answers[index] for index in sorted(answers)], last.num_prompt_tokens, num_cached_tokens, finished=True
+        last.request_id,
+        [answers[index] for index in sorted(answers)],
+        last.num_prompt_tokens,
+        num_cached_tokens,
+        finished=True,
+        prompt_token_ids=last.prompt_token_ids,
     )
 
 

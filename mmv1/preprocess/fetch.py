@@ -173,6 +173,6 @@ def _parse(url: str) -> httpx.URL:
         raise ImageError("the image URL is not a valid URL", code="image_url_forbidden") from None
     if target.scheme not in ("http", "https"):
         raise ImageError("an image URL must be a data:, http: or https: URL", code="image_url_forbidden")
-    if target.userinfo or not target.host or port == 0:
+    if target.userinfo or not target.host or port == 0 or (port or 0) > 65535:
         raise ImageError("an image URL must name a host, and no credentials", code="image_url_forbidden")
     return target

@@ -135,9 +135,9 @@ class PreprocessPool:
             shutil.rmtree(self._runtime_dir, ignore_errors=True)
 
     @property
-    def pids(self) -> list[int]:
-        """The parent process, which the workers are children of; for supervision and tests."""
-        return [] if self._process is None else [self._process.pid]
+    def pid(self) -> int | None:
+        """The parent process, which the workers are children of."""
+        return None if self._process is None else self._process.pid
 
     def submit(self, job: DecodeJob, payload: bytes) -> asyncio.Future[float]:
         pool_job = _PoolJob(job, payload, asyncio.get_running_loop().create_future())

@@ -14,8 +14,9 @@ from mmv1.api.server import create_app
 from mmv1.config import EngineArgs, resolve
 from mmv1.engine.output_processor import CompletionOutput, PositionLogprobs, RequestOutput, TokenLogprob
 from mmv1.errors import EngineDeadError
+from mmv1.preprocess.preprocessor import PreprocessStats
 from mmv1.preprocess.prompt import Message
-from mmv1.types import SamplingParams, SchedulerStats
+from mmv1.types import EngineReady, SamplingParams, SchedulerStats
 
 MODEL = "fake-model"
 PIECES = ("Hello", ", ", "wörld 😀", "!")
@@ -34,7 +35,14 @@ class FakeLLM:
 
     def __init__(self, model_dir: Path, pieces: tuple[str, ...] = PIECES) -> None:
         self.config = resolve(EngineArgs(model=str(model_dir), served_model_name=MODEL))
-        self.preprocessor = SimpleNamespace(counters={"images_decoded": 3, "slab_hits": 2})
+        self.preprocess_stats = PreprocessStats(num_decodes=3, num_slab_hits=2, slab_bytes=100)
+        self.preprocessor = SimpleNamespace(stats=lambda: self.preprocess_stats)
+        self.ready = EngineReady(
+            max_model_len=128, num_kv_blocks=10, block_size=16, encoder_cache_bytes=1 << 20, attention_backend="sdpa",
+            device="cpu", dtype="float32",
+        )  # fmt: skip
+        self.max_model_len = 128
+        self.finish_reason = "length"
         self.scheduler_stats = SchedulerStats(num_kv_blocks=10, num_kv_blocks_used=5, num_generation_tokens=7, num_steps=1)
         self.is_ready = True
         self.pieces = pieces
@@ -76,7 +84,7 @@ class FakeLLM:
         if params.logprobs is not None:
             top = [TokenLogprob(k, f"t{k}", b"t%d" % k, -float(k)) for k in range(params.logprobs)]
             logprobs = [PositionLogprobs(TokenLogprob(i, piece, piece.encode(), -0.5), 1, top)]
-        return CompletionOutput(index, piece, [i], logprobs, "length" if last else None, None)
+        return CompletionOutput(index, piece, [i], logprobs, self.finish_reason if last else None, None)
 
     async def check_health(self) -> None:
         if not self.is_ready:

@@ -1,4 +1,4 @@
-"""From a chat request to its answer: parameters and defaults, the full answer, the events, and errors before and after the first."""
+"""From a chat request to its answer: parameters and defaults, the full answer, the events, errors before and after the first."""
 
 from __future__ import annotations
 
@@ -144,7 +144,8 @@ def test_logprobs(llm: FakeLLM, stream: bool) -> None:
     reply = post(llm, stream=stream, logprobs=True, top_logprobs=2)
     if stream:
         events = events_of(reply.text)[:-1]
-        content = [entry for event in events for choice in event["choices"] for entry in (choice["logprobs"] or {}).get("content", [])]
+        choices = [choice for event in events for choice in event["choices"] if choice["logprobs"]]
+        content = [entry for choice in choices for entry in choice["logprobs"]["content"]]
     else:
         content = reply.json()["choices"][0]["logprobs"]["content"]
     assert [entry["token"] for entry in content] == list(PIECES)

@@ -22,7 +22,7 @@ def parse(*arguments: str) -> EngineArgs:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "import sys; from mmv1.api.cli import main; sys.exit(main())", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_without_options_the_defaults_hold() -> None:
@@ -34,9 +34,9 @@ def test_every_setting_is_an_option() -> None:
         "served_model_name": "m", "dtype": "float16", "load_format": "dummy", "max_model_len": 9, "seed": 3, "max_num_seqs": 4,
         "max_num_batched_tokens": 5, "scheduling_policy": "priority", "max_num_encoder_tokens": 6, "block_size": 32,
         "gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 7, "num_gpu_blocks_override": 8, "enable_prefix_caching": False,
-        "encoder_cache_bytes": 10, "limit_mm_per_prompt": {"image": 4}, "max_pixels": 11, "min_pixels": 12, "preprocess_workers": 2,
-        "preprocess_slab_gb": 0.25, "hash_algorithm": "xxh3", "allowed_media_domains": ["a.org", "b.org"],
-        "media_fetch_timeout_s": 2.5,
+        "encoder_cache_bytes": 10, "limit_mm_per_prompt": {"image": 4}, "max_pixels": 11, "min_pixels": 12,
+        "preprocess_workers": 2, "preprocess_slab_gb": 0.25, "hash_algorithm": "xxh3",
+        "allowed_media_domains": ["a.org", "b.org"], "media_fetch_timeout_s": 2.5,
     }  # fmt: skip
     assert {"model", *given} == {field.name for field in dataclasses.fields(EngineArgs)}
     arguments = []
@@ -85,7 +85,7 @@ def test_help_and_version_come_at_once() -> None:
 def test_nothing_heavy_is_imported_for_help() -> None:
     code = "import sys; from mmv1.api.cli import make_parser; make_parser().format_help(); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout.split()
-    assert not {"torch", "fastapi", "uvicorn", "numpy", "zmq", "msgspec", "tokenizers", "PIL"} & set(modules)
+    assert not {"torch", "fastapi", "uvicorn", "numpy", "zmq", "tokenizers", "PIL"} & set(modules)
 
 
 def test_serve_help_shows_headings_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:

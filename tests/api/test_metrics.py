@@ -7,6 +7,7 @@ import asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
 from mmv1.api.metrics import StatisticsLine
+from mmv1.preprocess.preprocessor import PreprocessStats
 from mmv1.types import SchedulerStats
 from tests.api.fake_llm import MODEL, FakeLLM, body, client_of
 
@@ -41,8 +42,8 @@ def test_metrics(llm: FakeLLM) -> None:
     samples = asyncio.run(main())
     expected = {
         "num_requests_running": 2, "num_requests_waiting": 3, "kv_cache_usage_perc": 0.5, "prefix_cache_queries_total": 20,
-        "prefix_cache_hits_total": 8, "encoder_cache_queries_total": 4, "encoder_cache_hits_total": 1, "encoder_cache_bytes": 1000,
-        "num_preemptions_total": 6, "generation_tokens_total": 70, "preprocess_images_decoded_total": 3,
+        "prefix_cache_hits_total": 8, "encoder_cache_queries_total": 4, "encoder_cache_hits_total": 1, "encoder_cache_bytes": 1e3,
+        "num_preemptions_total": 6, "generation_tokens_total": 70, "preprocess_decodes_total": 3,
         "preprocess_slab_hits_total": 2, "prompt_tokens_total": 15, "time_to_first_token_seconds_count": 3,
         "inter_token_latency_seconds_count": 6, "e2e_request_latency_seconds_count": 4,
     }  # fmt: skip
@@ -68,19 +69,20 @@ def test_an_aborted_request_is_counted(llm: FakeLLM) -> None:
 
 def test_statistics_line_has_rates_and_is_silent_when_idle() -> None:
     statistics = StatisticsLine()
-    assert statistics.next(SchedulerStats(), {}, 10) is None
+    assert statistics.next(SchedulerStats(), PreprocessStats(), 10) is None
     busy = SchedulerStats(
-        num_steps=9, num_running=1, num_kv_blocks=4, num_kv_blocks_used=1, num_generation_tokens=50, num_prompt_tokens_computed=200,
-        prefix_cache_queries=10, prefix_cache_hits=4,
+        num_steps=9, num_running=1, num_kv_blocks=4, num_kv_blocks_used=1, num_generation_tokens=50,
+        num_prompt_tokens_computed=200, prefix_cache_queries=10, prefix_cache_hits=4,
     )  # fmt: skip
-    line = statistics.next(busy, {"images_decoded": 3}, 10)
+    decoded = PreprocessStats(num_decodes=3, decode_seconds=0.06)
+    line = statistics.next(busy, decoded, 10)
     assert "prompt throughput: 20.0 tokens/s" in line
     assert "generation throughput: 5.0 tokens/s" in line
     assert "Running: 1 reqs, Waiting: 0 reqs" in line
     assert "KV cache usage: 25.0%" in line
     assert "Prefix cache hit rate: 40.0%" in line
     assert "Encoder cache hit rate: -" in line
-    assert "images decoded 3" in line
+    assert "3 images decoded, 20.0 ms each" in line
     busy_without_progress = SchedulerStats(num_steps=9, num_running=1)
-    assert statistics.next(busy_without_progress, {"images_decoded": 3}, 10) is not None
-    assert statistics.next(SchedulerStats(num_steps=9), {"images_decoded": 3}, 10) is None
+    assert statistics.next(busy_without_progress, decoded, 10) is not None
+    assert statistics.next(SchedulerStats(num_steps=9), decoded, 10) is None

@@ -105,8 +105,15 @@ HARMLESS = {
 }
 
 
+A_TEXT = {"type": "text", "text": "x"}
+
+
 def user_says(*parts: object) -> list[object]:
     return [{"role": "user", "content": list(parts)}]
+
+
+def user_shows(**image_url: object) -> list[object]:
+    return user_says({"type": "image_url", "image_url": image_url})
 
 
 BAD_MESSAGES = [
@@ -127,12 +134,13 @@ BAD_MESSAGES = [
     ("messages[0].content[0].type", user_says({"type": "input_audio"}), "invalid_value"),
     ("messages[0].content[0].text", user_says({"type": "text"}), "missing_required_parameter"),
     ("messages[0].content[0].text", user_says({"type": "text", "text": 1}), "invalid_type"),
-    ("messages[0].content[1].image_url", user_says({"type": "text", "text": "x"}, {"type": "image_url"}), "missing_required_parameter"),
+    ("messages[0].content[0].image_url", user_says({"type": "image_url"}), "missing_required_parameter"),
+    ("messages[0].content[1].image_url", user_says(A_TEXT, {"type": "image_url", "image_url": 1}), "invalid_type"),
     ("messages[0].content[0].image_url", user_says({"type": "image_url", "image_url": "data:"}), "invalid_type"),
-    ("messages[0].content[0].image_url.url", user_says({"type": "image_url", "image_url": {}}), "missing_required_parameter"),
-    ("messages[0].content[0].image_url.url", user_says({"type": "image_url", "image_url": {"url": ""}}), "invalid_value"),
-    ("messages[0].content[0].image_url.detail", user_says({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}), "unsupported_parameter"),
-    ("messages[0].content[0].image_url.detail", user_says({"type": "image_url", "image_url": {"url": "x", "detail": 1}}), "invalid_type"),
+    ("messages[0].content[0].image_url.url", user_shows(), "missing_required_parameter"),
+    ("messages[0].content[0].image_url.url", user_shows(url=""), "invalid_value"),
+    ("messages[0].content[0].image_url.detail", user_shows(url="x", detail="low"), "unsupported_parameter"),
+    ("messages[0].content[0].image_url.detail", user_shows(url="x", detail=1), "invalid_type"),
     ("messages[0].content[0].uuid", user_says({"type": "text", "text": "x", "uuid": "1"}), "unknown_parameter"),
     ("messages", [{"role": "user", "content": "x"}] * 2049, "invalid_value"),
 ]  # fmt: skip

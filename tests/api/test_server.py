@@ -68,8 +68,8 @@ async def served(llm: FakeLLM) -> AsyncIterator[Running]:
 
 
 def raw_request(payload: bytes) -> bytes:
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
-    return head.encode() + payload
+    head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(payload)}")
+    return "\r\n".join([*head, "", ""]).encode() + payload
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -102,6 +102,7 @@ def test_official_sync_client(llm: FakeLLM) -> None:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
             answer = client.chat.completions.create(model=MODEL, messages=MESSAGES)
             assert answer.choices[0].message.content == TEXT
+            llm.finish_reason = "stop"  # the helper refuses answers that were cut off
             with client.chat.completions.stream(model=MODEL, messages=MESSAGES) as events:
                 assert events.get_final_completion().choices[0].message.content == TEXT
             with pytest.raises(openai.BadRequestError) as bad:
@@ -293,3 +294,6 @@ def test_start_up_lines(llm: FakeLLM, caplog: pytest.LogCaptureFixture, monkeypa
     port = asyncio.run(main())
     assert f"http://127.0.0.1:{port}" in caplog.text
     assert "Route: POST /v1/chat/completions" in caplog.text
+    assert "float32 on cpu" in caplog.text
+    assert "10 blocks of 16 tokens" in caplog.text
+    assert "Maximum concurrency for 128 tokens per request: 1.25x" in caplog.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,7 +57,7 @@ def run(token_ids: list[int], cuts: list[int], **params: object) -> tuple[Client
     """Send tokens in pieces that end at `cuts`; stop as the core would when told to abort."""
     client = Client(**params)
     edges = [0, *sorted(cut % (len(token_ids) + 1) for cut in cuts), len(token_ids)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         if aborted := client.send(token_ids[start:end]):
             return client, aborted
     return client, client.send([], FinishReason.LENGTH)
@@ -214,7 +216,8 @@ def test_logprobs_end_with_the_stop_string() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"), [("invalid_image", ImageError), ("invalid_value", RequestError), ("internal_error", EngineError), (None, EngineError)]
+    ("code", "kind"),
+    [("invalid_image", ImageError), ("invalid_value", RequestError), ("internal_error", EngineError), (None, EngineError)],
 )
 def test_an_error_of_the_core_becomes_the_last_delta(code: str | None, kind: type[Exception]) -> None:
     client = Client()

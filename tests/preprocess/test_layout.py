@@ -18,7 +18,7 @@ def make_layout(processor=None, **overrides):
 def model_config(path, **changes):
     fields = dict(
         path=str(path), served_model_name="m", architecture="Qwen2_5_VLForConditionalGeneration", hf_config=IDS, dtype="float32",
-        load_format="auto", max_model_len=4096, eos_token_ids=(), vocab_size=100, seed=0,
+        load_format="auto", max_model_len=4096, max_model_len_is_given=False, eos_token_ids=(), vocab_size=100, seed=0,
     )
     return ModelConfig(**{**fields, **changes})
 
@@ -36,7 +36,7 @@ def random_sizes(count, limit=6000):
 def test_equal_to_transformers(low, high):
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
-    oracle = Qwen2VLImageProcessor(min_pixels=low, max_pixels=high)
+    oracle = Qwen2VLImageProcessor(size={"shortest_edge": low, "longest_edge": high})
     layout = make_layout(min_pixels=low, max_pixels=high)
     most = layout.max_image_tokens(1 << 30)
     for height, width in random_sizes(500):
@@ -94,7 +94,7 @@ def test_defaults_are_transformers():
     oracle, layout = Qwen2VLImageProcessor(), make_layout()
     assert (layout.min_pixels, layout.max_pixels) == (oracle.size["shortest_edge"], oracle.size["longest_edge"])
     for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "rescale_factor"):
-        assert getattr(layout, name) == getattr(oracle, name)
+        assert getattr(layout, name) == pytest.approx(getattr(oracle, name), abs=0, rel=1e-15), name
 
 
 def test_every_number_is_in_the_fingerprint():

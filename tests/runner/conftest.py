@@ -5,9 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.oracle import HFOracle
 from tests.runner.driver import Driver, tiny_config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny: threads only wait for each other when the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

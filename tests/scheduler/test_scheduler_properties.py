@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mmv1.types import FinishReason
@@ -30,6 +30,23 @@ PICTURES = [(bytes([i]) * 32, tokens) for i, tokens in enumerate((1, 3, 8, 16, 1
     num_requests=st.integers(1, 14),
     abort_rate=st.sampled_from([0.0, 0.0, 0.05]),
     poisoned=st.booleans(),
+)
+# Found: a request that preempts itself may free what another waits for, with nothing in flight whose end would wake anyone.
+@example(
+    seed=115,
+    block_size=1,
+    spare_blocks=0,
+    encoder_pages=3,
+    max_num_seqs=2,
+    max_num_batched_tokens=1,
+    max_num_encoder_tokens=40,
+    policy="fcfs",
+    prefix_caching=False,
+    depth=1,
+    max_ahead_patches=0,
+    num_requests=7,
+    abort_rate=0.0,
+    poisoned=False,
 )
 def test_everything_ends_rightly_and_nothing_leaks(
     seed: int,

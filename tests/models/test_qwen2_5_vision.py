@@ -1,0 +1,61 @@
+"""The vision tower against transformers', for grids of every kind, and its pixels against the image processor's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmv1.models.interface import GridTHW
+from mmv1.models.qwen2_5_vl import Qwen2_5_VL
+from mmv1.runner.attention.sdpa import SDPABackend
+from tests.oracle import HFOracle
+from tests.runner.driver import Picture, make_picture
+
+# In merge units. A window is 4 x 4 of them: single unit, less than a window, exactly one, one and a bit, long and thin, large.
+SIZES = [(1, 1), (1, 2), (3, 2), (4, 4), (5, 4), (4, 5), (5, 5), (8, 8), (1, 30), (30, 1), (2, 17), (9, 7), (13, 3), (16, 12)]
+
+
+def reference(oracle: HFOracle, picture: Picture) -> torch.Tensor:
+    image = torch.from_numpy(picture.pixels).permute(2, 0, 1)
+    inputs = oracle.processor.image_processor([image], do_resize=False, return_tensors="pt")
+    with torch.inference_mode():
+        return oracle.model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+
+
+def encode(model: Qwen2_5_VL, pictures: list[Picture]) -> torch.Tensor:
+    patches = torch.from_numpy(np.concatenate([p.patches for p in pictures]))
+    grids: list[GridTHW] = [p.grid_thw for p in pictures]
+    with torch.inference_mode():
+        return model.encode_images(patches, grids, SDPABackend())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_embeddings_equal_transformers(tiny_model: Qwen2_5_VL, hf_oracle: HFOracle, size: tuple[int, int]) -> None:
+    picture = make_picture(*size)
+    torch.testing.assert_close(encode(tiny_model, [picture]), reference(hf_oracle, picture), atol=1e-4, rtol=1e-4)
+
+
+def test_several_pictures_in_one_call_equal_one_by_one(tiny_model: Qwen2_5_VL) -> None:
+    pictures = [make_picture(*size, seed=i) for i, size in enumerate([*SIZES, SIZES[3], SIZES[0]])]
+    one_by_one = torch.cat([encode(tiny_model, [picture]) for picture in pictures])
+    torch.testing.assert_close(encode(tiny_model, pictures), one_by_one, atol=1e-4, rtol=1e-4)
+
+
+def test_pixels_equal_the_image_processors(tiny_model: Qwen2_5_VL, hf_oracle: HFOracle) -> None:
+    """Every value a channel can have, to the last bit."""
+    values = np.arange(256, dtype=np.uint8)
+    picture = Picture(np.resize(values[:, None, None], (280, 28, 3)))
+    image = torch.from_numpy(picture.pixels).permute(2, 0, 1)
+    expected = hf_oracle.processor.image_processor([image], do_resize=False, return_tensors="pt")["pixel_values"]
+    got = tiny_model.visual.patch_embed.normalize(torch.from_numpy(picture.patches))
+    both_frames = got.unflatten(-1, (3, 1, -1)).expand(-1, -1, 2, -1).flatten(1)
+    assert torch.equal(both_frames, expected)
+
+
+def test_tables_of_a_grid_are_made_once(tiny_model: Qwen2_5_VL) -> None:
+    before = tiny_model.visual._tables.cache_info()
+    for seed in range(3):
+        encode(tiny_model, [make_picture(7, 11, seed)])
+    after = tiny_model.visual._tables.cache_info()
+    assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)

@@ -1,0 +1,109 @@
+"""The family's positions against transformers', and both dialects of its config.json."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmv1.config import text_config
+from mmv1.errors import ConfigError
+from mmv1.models.interface import ImageSpan
+from mmv1.models.qwen2 import Qwen2Config
+from mmv1.models.qwen2_5_vision import VisionConfig
+from mmv1.models.qwen2_5_vl import Qwen2_5_VL
+from mmv1.models.registry import load_model, model_class
+from tests.oracle import HFOracle
+from tests.runner.driver import Picture, make_picture, make_prompt, tiny_config
+
+LAYOUTS: list[list[int | tuple[int, int]]] = [
+    [7], [(3, 5)], [(5, 3)], [4, (1, 1)], [(1, 1), 4], [2, (4, 9), 3], [2, (9, 4), 3],
+    [1, (2, 2), 1, (2, 2), 1, (7, 1), 1], [(1, 12), 1, (12, 1)], [100, (6, 6), 50, (3, 8), 1],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_positions_equal_transformers(tiny_model: Qwen2_5_VL, hf_oracle: HFOracle, layout: list[int | tuple[int, int]]) -> None:
+    image_token_id = hf_oracle.model.config.image_token_id
+    parts: list[int | Picture] = [part if isinstance(part, int) else make_picture(*part) for part in layout]
+    prompt = make_prompt(parts, image_token_id=image_token_id)
+    positions = tiny_model.prompt_positions(len(prompt.token_ids), [ImageSpan(f.offset, f.grid_thw) for f in prompt.features])
+    ids = torch.tensor([prompt.token_ids])
+    grids = torch.tensor([p.grid_thw for p in prompt.pictures]) if prompt.pictures else None
+    expected, delta = hf_oracle.model.model.get_rope_index(ids, (ids == image_token_id).int(), image_grid_thw=grids)
+    assert positions.dtype == np.int32
+    np.testing.assert_array_equal(positions, expected[:, 0].numpy())
+    assert positions.max() + 1 - len(prompt.token_ids) == delta.item()
+
+
+def as_flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A nested config.json (transformers 5) written as the checkpoints of transformers 4 have it."""
+    nested = copy.deepcopy(config)
+    text = nested.pop("text_config")
+    rope = text.pop("rope_parameters")
+    nested["vision_config"].pop("rope_parameters", None)
+    nested["vision_config"]["in_chans"] = nested["vision_config"].pop("in_channels")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    return {**text, **nested, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+
+def test_both_dialects_of_config_mean_the_same(tiny_model_dir: Path) -> None:
+    nested = json.loads((tiny_model_dir / "config.json").read_text())
+    flat = as_flat(nested)
+    assert "text_config" not in flat
+    assert Qwen2Config.from_hf(text_config(flat)) == Qwen2Config.from_hf(text_config(nested))
+    assert VisionConfig.from_hf(flat["vision_config"]) == VisionConfig.from_hf(nested["vision_config"])
+    saved_by_5 = copy.deepcopy(flat) | {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    assert Qwen2Config.from_hf(saved_by_5) == Qwen2Config.from_hf(text_config(nested))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1]}}, "mrope_section"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"num_attention_heads": None}, None),
+        ({"hidden_size": 32, "head_dim": 16}, "out_hidden_size"),
+    ],
+)
+def test_a_config_that_is_not_supported_is_refused(tiny_model_dir: Path, change: dict[str, Any], message: str | None) -> None:
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    if message is None:
+        del config["text_config"]["num_attention_heads"]
+        message = "does not say num_attention_heads"
+    else:
+        config["text_config"] |= change
+    with pytest.raises(ConfigError, match=message):
+        Qwen2_5_VL.from_model_dir(config, tiny_model_dir)
+
+
+def test_an_architecture_without_a_class_is_refused_with_what_is_supported() -> None:
+    with pytest.raises(ConfigError, match=r"'LlamaForCausalLM' is not supported; supported: Qwen2_5_VL"):
+        model_class("LlamaForCausalLM")
+
+
+def test_a_quantized_checkpoint_is_refused(tiny_model_dir: Path) -> None:
+    config = tiny_config(tiny_model_dir).model
+    config.hf_config["quantization_config"] = {"quant_method": "awq"}
+    with pytest.raises(ConfigError, match="quantized"):
+        load_model(config, torch.device("cpu"))
+
+
+def test_bfloat16_stays_near_float32(tiny_model_dir: Path, tiny_model: Qwen2_5_VL) -> None:
+    """The same modules in the dtype of accelerators: nothing is silently kept in, or forced to, another."""
+    model = load_model(tiny_config(tiny_model_dir, dtype="bfloat16").model, torch.device("cpu"))
+    assert isinstance(model, Qwen2_5_VL)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    from tests.models.test_qwen2_5_vision import encode
+
+    picture = make_picture(6, 7)
+    got, expected = encode(model, [picture]), encode(tiny_model, [picture])
+    assert got.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(got.float(), expected).min() > 0.99

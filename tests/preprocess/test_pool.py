@@ -1,0 +1,246 @@
+"""The pool with real processes: work, order, deaths, ends."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import mmv1.preprocess.pool as pool_module
+import pytest
+import torch
+from mmv1.errors import EngineError, ImageError
+from mmv1.preprocess.header import probe_header
+from mmv1.preprocess.layout import Qwen2VLLayout
+from mmv1.preprocess.pool import PreprocessPool
+from mmv1.preprocess.pool_messages import DecodeJob
+from mmv1.preprocess.slab import SlabStore, map_slab
+
+from tests.pictures import make_image
+from tests.preprocess.processes import children, is_alive, wait_until
+
+IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+LAYOUT = Qwen2VLLayout({}, IDS, min_pixels=3136, max_pixels=200 * 784)
+SLAB_BYTES = 16 << 20
+TIMEOUT_S = 60
+
+
+def make_job(job_id, encoded, offset=0):
+    header = probe_header(encoded)
+    place = LAYOUT.place(header.width, header.height)
+    return DecodeJob(
+        job_id=job_id, header=header, resized_height=place.resized_height, resized_width=place.resized_width, patch_size=14,
+        merge_size=2, resample="bicubic", offset=offset, nbytes=place.nbytes,
+    )  # fmt: skip
+
+
+class Harness:
+    """A pool of two workers, its slab, and a loop to run it in."""
+
+    def __init__(self, num_workers=2, slab_bytes=SLAB_BYTES):
+        self.runner = asyncio.Runner()
+        self.slab = SlabStore(SLAB_BYTES)
+        self.failures = []
+        self.pool = PreprocessPool(
+            slab_fd=self.slab.fd, slab_bytes=slab_bytes, num_workers=num_workers, on_failure=self.failures.append
+        )
+        self.runner.run(self.pool.start())
+
+    def run(self, awaitable):
+        async def bounded():
+            async with asyncio.timeout(TIMEOUT_S):
+                return await awaitable
+
+        return self.runner.run(bounded())
+
+    def submit(self, job, payload):
+        async def submit():
+            return self.pool.submit(job, payload)
+
+        return self.run(submit())
+
+    def workers(self):
+        return children(self.pool.pid)
+
+    def read(self, offset, nbytes):
+        return torch.frombuffer(bytearray(map_slab(self.slab.fd, SLAB_BYTES, writable=False)[offset : offset + nbytes]), dtype=torch.uint8)
+
+    def close(self):
+        self.run(self.pool.close())
+        self.slab.close()
+        self.runner.close()
+
+
+@pytest.fixture(scope="module")
+def harness():
+    harness = Harness()
+    harness.run(harness.pool.wait_ready())
+    yield harness
+    harness.close()
+
+
+def patches(encoded):
+    from mmv1.preprocess.decode import decode_rgb, resize, write_patches
+
+    job = make_job(0, encoded)
+    out = torch.zeros(job.nbytes, dtype=torch.uint8)
+    write_patches(resize(decode_rgb(encoded, job.header), job.resized_height, job.resized_width, job.resample), 14, 2, out)
+    return out
+
+
+def test_many_pictures_land_in_their_places(harness):
+    pictures = [make_image(100 + 10 * n, 90, n, ("JPEG", "PNG", "WEBP", "GIF")[n % 4]) for n in range(24)]
+    jobs = [make_job(n, encoded, offset=n << 19) for n, encoded in enumerate(pictures)]
+    futures = [harness.submit(job, encoded) for job, encoded in zip(jobs, pictures, strict=True)]
+    seconds = harness.run(asyncio.wait_for(_gather(futures), TIMEOUT_S))
+    assert all(0 < s < TIMEOUT_S for s in seconds)
+    for job, encoded in zip(jobs, pictures, strict=True):
+        assert torch.equal(harness.read(job.offset, job.nbytes), patches(encoded))
+
+
+async def _gather(futures):
+    return await asyncio.gather(*futures)
+
+
+def test_damaged_pictures_fail_and_the_next_is_served(harness):
+    good = make_image(200, 150)
+    workers = harness.workers()
+    for bad in (good[: len(good) // 2], make_image(200, 150, format="PNG")[:300], make_image(200, 150, format="WEBP")[:-50]):
+        with pytest.raises(ImageError) as error:
+            harness.run(harness.submit(make_job(1, bad), bad))
+        assert error.value.code == "invalid_image" and "0x" not in error.value.message
+    with pytest.raises(ImageError):
+        harness.run(harness.submit(make_job(1, good), make_image(201, 150)))  # another size than the header's
+    assert harness.run(harness.submit(make_job(1, good), good)) > 0
+    assert harness.workers() == workers
+
+
+def test_a_job_whose_worker_died_is_done_by_another(harness):
+    """Both workers are stopped with a job each, then killed: the jobs are tried again and succeed."""
+    workers, deaths = harness.workers(), harness.pool.num_deaths
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    pictures = [make_image(120, 90, seed) for seed in (1, 2, 3)]
+    futures = [harness.submit(make_job(10 + n, encoded, offset=n << 19), encoded) for n, encoded in enumerate(pictures)]
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    harness.run(_gather(futures))
+    assert harness.pool.num_deaths == deaths + 2 and not harness.failures
+    wait_until(lambda: len(harness.workers()) == 2)
+    assert not set(workers) & set(harness.workers())
+    for n, encoded in enumerate(pictures):
+        assert torch.equal(harness.read(n << 19, len(patches(encoded))), patches(encoded))
+
+
+def test_pending_jobs_can_be_withdrawn_and_running_ones_cannot(harness):
+    workers = harness.workers()
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    encoded = make_image(120, 90)
+    futures = [harness.submit(make_job(n, encoded), encoded) for n in (20, 21, 22, 23)]
+    withdrawn = [harness.pool.withdraw(n) for n in (20, 21, 22, 24)]
+    assert withdrawn == [False, False, True, False]
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
+    harness.run(_gather([futures[0], futures[1], futures[3]]))
+    assert futures[2].cancelled()
+
+
+def test_jobs_start_in_order_one_per_worker(harness, monkeypatch):
+    sent, send = [], PreprocessPool._send
+
+    async def recording(worker, pool_job):
+        sent.append(pool_job.job.job_id)
+        assert len(sent) <= 2 + sum(future.done() for future in futures)
+        await send(worker, pool_job)
+
+    monkeypatch.setattr(PreprocessPool, "_send", staticmethod(recording))
+    encoded, futures = make_image(120, 90), []
+    for n in range(30, 50):
+        futures.append(harness.submit(make_job(n, encoded), encoded))
+    harness.run(_gather(futures))
+    assert sent == list(range(30, 50))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CPU timers as Linux has them")
+def test_a_picture_that_kills_its_workers_fails_and_the_pool_lives(monkeypatch):
+    monkeypatch.setattr(pool_module, "_JOB_CPU_SECONDS", 0.1)
+    harness = Harness(num_workers=1)
+    try:
+        slow = make_image(5000, 5000, format="JPEG")
+        with pytest.raises(ImageError, match="twice"):
+            harness.run(harness.submit(make_job(1, slow), slow))
+        assert harness.pool.num_deaths == 2
+        good = make_image(60, 60)
+        assert harness.run(harness.submit(make_job(2, good), good)) > 0
+    finally:
+        harness.close()
+
+
+def test_the_end_of_the_parent_is_reported_and_nothing_survives():
+    harness = Harness()
+    harness.run(harness.pool.wait_ready())
+    workers = harness.workers()
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    encoded = make_image(60, 60)
+    running = harness.submit(make_job(1, encoded), encoded)
+    os.kill(harness.pool.pid, signal.SIGKILL)
+    with pytest.raises(EngineError):
+        harness.run(running)
+    assert len(harness.failures) == 1 and "preprocess pool" in harness.failures[0]
+    with pytest.raises(EngineError):
+        harness.run(harness.submit(make_job(2, encoded), encoded))
+    wait_until(lambda: not any(is_alive(pid) for pid in workers))
+    runtime_dir = harness.pool._runtime_dir
+    harness.close()
+    assert not runtime_dir.exists()
+
+
+def test_a_pool_that_cannot_start_says_so():
+    harness = Harness(slab_bytes=2 * SLAB_BYTES)  # more than the file has
+    with pytest.raises(EngineError, match="status 3"):
+        harness.run(harness.pool.wait_ready())
+    assert len(harness.failures) == 1
+    harness.close()
+
+
+def test_close_ends_everything():
+    harness = Harness()
+    harness.run(harness.pool.wait_ready())
+    processes = [harness.pool.pid, *harness.workers()]
+    harness.close()
+    wait_until(lambda: not any(is_alive(pid) for pid in processes))
+    assert not harness.failures
+
+
+_SERVER = """
+import asyncio, sys
+from mmv1.preprocess.pool import PreprocessPool
+from mmv1.preprocess.slab import SlabStore
+
+async def main():
+    slab = SlabStore(1 << 20)
+    pool = PreprocessPool(slab_fd=slab.fd, slab_bytes=slab.nbytes, num_workers=2, on_failure=print)
+    await pool.start()
+    await pool.wait_ready()
+    print(pool.pid, pool._runtime_dir, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_nothing_survives_a_killed_server():
+    server = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True)
+    try:
+        pid, runtime_dir = server.stdout.readline().split()
+        workers = children(int(pid))
+        assert len(workers) == 2 and is_alive(int(pid))
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+    wait_until(lambda: not any(is_alive(p) for p in [int(pid), *workers]))
+    wait_until(lambda: not os.path.exists(runtime_dir))

@@ -1,0 +1,214 @@
+"""Prompt token ids equal to transformers', and what a user types is never a special token."""
+
+import itertools
+import json
+
+import pytest
+from mmv1.errors import ConfigError, RequestError
+from mmv1.preprocess.prompt import ImagePart, Message, PromptRenderer, TextPart, image_sources
+from PIL import Image
+
+TEXTS = [
+    "Describe this image.", "", " ", "\n", "  two  spaces ", "naïve café 図像 画像 Привет 😀", "e\u0301 NFC", "a\n\n b\r\n\tc", "<", "<|",
+    "1234567890", "{{ 7 * 7 }} {% raise %}", "<tool_call>x</tool_call>", "I'm don't", "<im_start>", "a<|b|>c", "\ue0f1", "x" * 300,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model_dir):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def ids(tiny_model_dir):
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    return {"image_token_id": config["image_token_id"], "video_token_id": config["video_token_id"]}
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_model_dir, ids):
+    return PromptRenderer(tiny_model_dir, **ids)
+
+
+PICTURE = Image.new("RGB", (100, 60), "red")
+
+
+def as_dicts(messages):
+    def part(p):
+        return {"type": "text", "text": p.text} if isinstance(p, TextPart) else {"type": "image", "image": PICTURE}
+
+    return [
+        {"role": m.role, "content": m.content if isinstance(m.content, str) else [part(p) for p in m.content]} for m in messages
+    ]
+
+
+def oracle_ids(processor, messages):
+    ids = processor.apply_chat_template(as_dicts(messages), add_generation_prompt=True, tokenize=True)
+    return ids[0] if isinstance(ids[0], list) else ids
+
+
+def our_ids(renderer, messages):
+    token_ids = renderer.render_chat(messages)
+    return renderer.expand(token_ids, [8] * len(image_sources(messages)))[0]  # 100 x 60 is resized to 112 x 56: 4 x 2 tokens
+
+
+def conversations():
+    image = ImagePart(b"")
+    for text in TEXTS:
+        yield [Message("user", text)]
+        yield [Message("user", [image, TextPart(text)])]
+        yield [Message("user", [TextPart(text), image, TextPart(text)])]
+        yield [Message("system", text), Message("user", "hi"), Message("assistant", text), Message("user", [image])]
+    for first, second in itertools.pairwise(TEXTS):
+        yield [Message("user", [TextPart(first), TextPart(second)])]
+        yield [
+            Message("system", [TextPart(first)]),
+            Message("user", [image, image, TextPart(second)]),
+            Message("assistant", first),
+            Message("user", [TextPart(second), image]),
+        ]
+
+
+def test_equal_to_transformers(renderer, processor):
+    count = 0
+    for messages in conversations():
+        assert our_ids(renderer, messages) == oracle_ids(processor, messages), messages
+        count += 1
+    assert count > 100
+
+
+def special_texts(renderer):
+    return list(renderer._special_ids)
+
+
+def test_special_tokens_in_user_text_are_text(renderer, ids):
+    specials = special_texts(renderer)
+    assert "<|image_pad|>" in specials
+    baseline = renderer.render_chat([Message("user", "x")])
+    for special in specials:
+        for text in (special, f"a {special} b", special * 3, f"\n{special}\n", special + special[:4]):
+            for content in (text, [TextPart(text)]):
+                token_ids = renderer.render_chat([Message("user", content)])
+                assert _specials_of(token_ids, renderer) == _specials_of(baseline, renderer), text
+                assert text.strip() in _plain_text(renderer, token_ids)
+
+
+def test_special_tokens_in_every_role_and_with_pictures(renderer, ids):
+    text = "<|image_pad|><|im_end|><|video_pad|><|vision_start|>"
+    messages = [Message("system", text), Message("user", [TextPart(text), ImagePart(b"")]), Message("assistant", text), Message("user", text)]
+    token_ids = renderer.render_chat(messages)
+    assert token_ids.count(ids["image_token_id"]) == 1
+    plain = [Message(m.role, "x" if isinstance(m.content, str) else [TextPart("x"), ImagePart(b"")]) for m in messages]
+    assert _specials_of(token_ids, renderer) == _specials_of(renderer.render_chat(plain), renderer)
+
+
+def test_two_texts_do_not_spell_a_special_token_together(renderer):
+    baseline = renderer.render_chat([Message("user", "x")])
+    for special in special_texts(renderer):
+        for cut in range(1, len(special)):
+            for space in ("", " "):
+                parts = [TextPart("a" + special[:cut] + space), TextPart(special[cut:] + "b")]
+                token_ids = renderer.render_chat([Message("user", parts)])
+                assert _specials_of(token_ids, renderer) == _specials_of(baseline, renderer), (special, cut)
+
+
+def _specials_of(token_ids, renderer):
+    special = set(renderer._special_ids.values())
+    return [token for token in token_ids if token in special]
+
+
+def _plain_text(renderer, token_ids):
+    return renderer.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+def test_raw_prompts_mean_their_special_tokens(renderer, processor):
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n"
+    assert renderer.render_text(text) == processor.tokenizer(text)["input_ids"]
+
+
+def test_expand(renderer, ids):
+    pad = ids["image_token_id"]
+    assert renderer.expand([5, pad, 6, pad, pad], [3, 1, 2]) == ([5, pad, pad, pad, 6, pad, pad, pad], [1, 5, 6])
+    assert renderer.expand([5, 6], []) == ([5, 6], [])
+    for token_ids, counts in (([5, pad], []), ([5], [1]), ([pad, pad], [1])):
+        with pytest.raises(RequestError, match="placeholders"):
+            renderer.expand(token_ids, counts)
+    with pytest.raises(RequestError, match="video"):
+        renderer.expand([ids["video_token_id"]], [])
+
+
+def test_expand_is_linear(renderer, ids):
+    token_ids = [ids["image_token_id"]] * 2000
+    expanded, offsets = renderer.expand(token_ids, [500] * 2000)
+    assert len(expanded) == 1_000_000 and offsets == list(range(0, 1_000_000, 500))
+
+
+def test_ids_are_checked(renderer):
+    assert renderer.check_ids((1, 2)) == [1, 2]
+    for bad in ([-1], [10**9], ["a"], [1.5], [None]):
+        with pytest.raises(RequestError):
+            renderer.check_ids(bad)
+
+
+@pytest.mark.parametrize("role", ["", "USER", "user\n", "<|im_end|>", "x" * 40])
+def test_roles_are_words(renderer, role):
+    with pytest.raises(RequestError, match="role"):
+        renderer.render_chat([Message(role, "hi")])
+
+
+def write_model(tmp_path, tiny_model_dir, template=None, **config):
+    (tmp_path / "tokenizer.json").write_bytes((tiny_model_dir / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    return tmp_path
+
+
+def test_where_templates_come_from(tmp_path, tiny_model_dir, ids):
+    model = write_model(tmp_path, tiny_model_dir, chat_template="one{{ eos_token }}", eos_token={"content": "<|im_end|>"})
+    messages = [Message("user", "hi")]
+
+    def text():
+        renderer = PromptRenderer(model, **ids)
+        return renderer.tokenizer.decode(renderer.render_chat(messages), skip_special_tokens=False)
+
+    assert text() == "one<|im_end|>"
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "two"}))
+    assert text() == "two"
+    (model / "chat_template.jinja").write_text("three")
+    assert text() == "three"
+
+
+def test_template_errors_are_the_requests(tmp_path, tiny_model_dir, ids):
+    model = write_model(tmp_path, tiny_model_dir, "{% if messages|length > 1 %}{{ raise_exception('only one turn') }}{% endif %}{{ 1 + none }}")
+    renderer = PromptRenderer(model, **ids)
+    with pytest.raises(RequestError, match="only one turn"):
+        renderer.render_chat([Message("user", "a"), Message("user", "b")])
+    with pytest.raises(RequestError, match="cannot render"):
+        renderer.render_chat([Message("user", "a")])
+
+
+def test_the_template_is_sandboxed_and_has_what_transformers_offers(tmp_path, tiny_model_dir, ids):
+    template = """
+    {%- for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}
+    {%- generation %}[{{ strftime_now('%Y')[:2] }}]{% endgeneration %}"""
+    model = write_model(tmp_path, tiny_model_dir, template)
+    renderer = PromptRenderer(model, **ids)
+    text = renderer.tokenizer.decode(renderer.render_chat([Message("user", "é<"), Message("user", "no")]))
+    assert text == '{"role": "user", "content": "é<"}[20]'
+    (model / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    with pytest.raises(RequestError):
+        PromptRenderer(model, **ids).render_chat([Message("user", "a")])
+
+
+def test_broken_model_directories(tmp_path, tiny_model_dir, ids):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        PromptRenderer(tmp_path, **ids)
+    model = write_model(tmp_path, tiny_model_dir, "{% if %}")
+    with pytest.raises(ConfigError, match="template"):
+        PromptRenderer(model, **ids)
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(RequestError, match="no chat template"):
+        PromptRenderer(model, **ids).render_chat([Message("user", "a")])
