@@ -7,6 +7,7 @@ and an EngineConfig as msgpack on standard input, whose end means that the paren
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -147,6 +148,9 @@ def main() -> int:
         core, ready = build_core(config, slab_fd, output)
         signal.signal(signal.SIGTERM, lambda *_: core.stop())
         threading.Thread(target=_receive, args=(ipc_address(socket_dir, INPUT_SOCKET), core), name="input", daemon=True).start()
+        # What exists now lives as long as the process: the collector need not look at it again, in the middle of a step.
+        gc.collect()
+        gc.freeze()
         output.put(ready)
         core.run()
         status = 0

@@ -16,6 +16,7 @@ from PIL import Image
 from mmv1.errors import ImageError
 from mmv1.preprocess.header import ImageHeader
 from mmv1.preprocess.media import ppm_pixels, to_rgb
+from mmv1.preprocess.pool_messages import DecodeJob
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -26,6 +27,19 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def prepare_process() -> None:
+    """Once per process that decodes, before it forks: every decoder imported, one thread, no limits but the probe's."""
+    torch.set_num_threads(1)
+    Image.init()
+    Image.MAX_IMAGE_PIXELS = None  # sizes are checked against the probed header, whose limits are the server's own
+
+
+def decode_into(encoded: bytes | memoryview, job: DecodeJob, out: memoryview) -> None:
+    """The whole work of one job: its patches into `out`, exactly `job.nbytes` writable bytes. Raises ImageError."""
+    rgb = resize(decode_rgb(encoded, job.header), job.resized_height, job.resized_width, job.resample)
+    write_patches(rgb, job.patch_size, job.merge_size, torch.frombuffer(out, dtype=torch.uint8))
 
 
 def decode_rgb(encoded: bytes | memoryview, header: ImageHeader) -> torch.Tensor:

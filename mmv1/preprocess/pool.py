@@ -81,7 +81,7 @@ class PreprocessPool:
         self._answers: AsyncReceiver[PoolAnswer] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._workers: dict[int, _Worker] = {}
-        self._idle: deque[_Worker] = deque()
+        self._idle: list[_Worker] = []  # the last to finish, or to come up, works next: its caches are warm, and it lives
         self._pending: deque[_PoolJob] = deque()
         self._sending: set[asyncio.Task[None]] = set()
         self._all_ready = asyncio.Event()
@@ -159,7 +159,7 @@ class PreprocessPool:
 
     def _dispatch(self) -> None:
         while self._pending and self._idle:
-            worker, pool_job = self._idle.popleft(), self._pending.popleft()
+            worker, pool_job = self._idle.pop(), self._pending.popleft()
             worker.current = pool_job
             pool_job.attempts += 1
             sending = asyncio.create_task(self._send(worker, pool_job))

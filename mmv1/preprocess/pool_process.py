@@ -8,7 +8,6 @@ that ended; the workers end with it (PR_SET_PDEATHSIG).
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import select
 import shutil
@@ -17,12 +16,10 @@ import sys
 import time
 
 import msgspec
-import torch
-from PIL import Image
 
 from mmv1.errors import ImageError
 from mmv1.log import configure_logging, logger
-from mmv1.preprocess.decode import decode_rgb, resize, write_patches
+from mmv1.preprocess.decode import decode_into, prepare_process
 from mmv1.preprocess.pool_messages import (
     ANSWERS_SOCKET,
     DecodeJob,
@@ -44,10 +41,7 @@ _START_FAILED = 3  # exit status of a worker that never came to serve: another f
 def main() -> int:
     settings = msgspec.json.decode(sys.argv[1], type=PoolSettings)
     configure_logging("preprocess")
-    torch.set_num_threads(1)
-    Image.preinit()
-    Image.init()  # every decoder is imported before the fork
-    Image.MAX_IMAGE_PIXELS = None  # sizes are checked against the probed header, whose limits are the server's own
+    prepare_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API server decides
     try:
         return _supervise(settings)
@@ -131,8 +125,7 @@ class _Worker:
     def __init__(self, settings: PoolSettings, index: int, generation: int) -> None:
         self._index, self._generation = index, generation
         self._cpu_seconds = settings.job_cpu_seconds
-        self._slab: mmap.mmap = map_slab(settings.slab_fd, settings.slab_bytes, writable=True)
-        self._pixels = torch.frombuffer(self._slab, dtype=torch.uint8)
+        self._slab = memoryview(map_slab(settings.slab_fd, settings.slab_bytes, writable=True))
         address = ipc_address(settings.runtime_dir, worker_socket(index, generation))
         self._jobs: Receiver[DecodeJob] = Receiver(address, DecodeJob, bind=True)
         self._answers = Sender(ipc_address(settings.runtime_dir, ANSWERS_SOCKET))
@@ -153,9 +146,7 @@ class _Worker:
     def _run(self, job: DecodeJob, payload: memoryview | None) -> PoolAnswer:
         started = time.perf_counter()
         try:
-            rgb = decode_rgb(payload if payload is not None else b"", job.header)
-            rgb = resize(rgb, job.resized_height, job.resized_width, job.resample)
-            write_patches(rgb, job.patch_size, job.merge_size, self._pixels[job.offset : job.offset + job.nbytes])
+            decode_into(payload if payload is not None else b"", job, self._slab[job.offset : job.offset + job.nbytes])
         except ImageError as error:
             return JobFailed(self._index, self._generation, job.job_id, error.message, error.code)
         return JobDone(self._index, self._generation, job.job_id, time.perf_counter() - started)

@@ -116,7 +116,7 @@ class Worker:
         if self.platform.is_cuda:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         handler = torch.profiler.tensorboard_trace_handler(trace_dir)
-        self._profiler = torch.profiler.profile(activities=activities, on_trace_ready=handler)
+        self._profiler = torch.profiler.profile(activities=activities, on_trace_ready=handler, acc_events=True)
         self._profiler.start()
 
     def _make_runner(self, num_blocks: int, encoder_cache_bytes: int) -> ModelRunner:

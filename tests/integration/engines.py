@@ -8,7 +8,7 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmv1.engine.llm import LLM
+from mmv1.engine.llm import LLM, _conversation
 from mmv1.engine.output_processor import CompletionOutput, RequestOutput
 from mmv1.types import SamplingParams, SchedulerStats
 
@@ -47,6 +47,11 @@ def forget_caches(llm: LLM) -> None:
         await llm.engine.refresh_stats()  # messages are taken in order
 
     run_inside(llm, reset())
+
+
+async def stream(llm: LLM, messages: Sequence[dict[str, Any]], params: SamplingParams, **options: Any) -> list[RequestOutput]:
+    """The deltas of one answer, as a server reads them; for `run_inside`."""
+    return [delta async for delta in llm.engine.generate(_conversation(messages), params, **options)]
 
 
 class Counters:

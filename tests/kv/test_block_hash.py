@@ -13,7 +13,9 @@ CAT, DOG = b"c" * 32, b"d" * 32
 BLOCK = 4
 
 
-def hashes(tokens: list[int], features: list[MMFeature] | None = None, salt: bytes = b"", algorithm: str = "blake3") -> list[bytes]:
+def hashes(
+    tokens: list[int], features: list[MMFeature] | None = None, salt: bytes = b"", algorithm: str = "blake3"
+) -> list[bytes]:
     request = Request(make_request("r", tokens, features, cache_salt=salt), (0,))
     BlockHasher(BLOCK, algorithm, key=bytes(32)).extend(request, len(tokens) // BLOCK)  # type: ignore[arg-type]
     return request.block_hashes

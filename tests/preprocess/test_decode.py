@@ -8,13 +8,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from mmv1.errors import ImageError
-from mmv1.preprocess.decode import decode_rgb, resize, write_patches
+from mmv1.preprocess.decode import decode_into, decode_rgb, resize
 from mmv1.preprocess.header import ImageHeader, probe_header
 from mmv1.preprocess.layout import Qwen2VLLayout
 from mmv1.preprocess.media import ImageLimits, encode_pil
-from PIL import Image
-
+from mmv1.preprocess.pool_messages import DecodeJob
 from tests.pictures import make_image, make_pil
 
 IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
@@ -29,14 +30,21 @@ def oracle():
     return Qwen2VLImageProcessor(size={"shortest_edge": LAYOUT.min_pixels, "longest_edge": LAYOUT.max_pixels})
 
 
+def decode_job(header, offset=0, job_id=0):
+    place = LAYOUT.place(header.width, header.height)
+    return DecodeJob(
+        job_id=job_id, header=header, resized_height=place.resized_height, resized_width=place.resized_width,
+        patch_size=14, merge_size=2, resample="bicubic", offset=offset, nbytes=place.nbytes,
+    )  # fmt: skip
+
+
 def our_patches(encoded, header=None):
     """uint8 [num_patches, 588], by the path a pool process takes."""
     header = header or probe_header(encoded)
     place = LAYOUT.place(header.width, header.height)
-    out = torch.full((place.nbytes,), 77, dtype=torch.uint8)
-    rgb = resize(decode_rgb(encoded, header), place.resized_height, place.resized_width, LAYOUT.resample)
-    write_patches(rgb, LAYOUT.patch_size, LAYOUT.merge_size, out)
-    return out.view(-1, LAYOUT.row_bytes)
+    out = bytearray(b"M" * place.nbytes)
+    decode_into(encoded, decode_job(header), memoryview(out))
+    return torch.frombuffer(out, dtype=torch.uint8).view(-1, LAYOUT.row_bytes)
 
 
 def normalised(patches):

@@ -7,10 +7,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
 from mmv1.errors import ImageError
 from mmv1.preprocess.fetch import ImageFetcher, is_public, parse_data_url
 from mmv1.preprocess.media import ImageLimits
-
 from tests.pictures import make_image
 
 LIMITS = ImageLimits(max_encoded_bytes=100_000, max_pixels=1 << 30, max_side=1 << 20)
@@ -119,7 +119,8 @@ def test_the_next_address_is_tried(server):
     async def resolve(host, port):
         return ["127.0.0.2", "127.0.0.1"]  # nothing listens on the first: the server is bound to one address
 
-    body, _ = fetch(f"http://pictures.example:{server.server_port}/picture", allowed_domains=["pictures.example"], resolve=resolve)
+    url = f"http://pictures.example:{server.server_port}/picture"
+    body, _ = fetch(url, allowed_domains=["pictures.example"], resolve=resolve)
     assert body == PICTURE
 
 
@@ -129,7 +130,8 @@ def test_the_next_address_is_tried(server):
         "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0.0.0.0", "localhost", "LOCALHOST.", "[::1]", "[::]",
         "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[0:0:0:0:0:ffff:a9fe:a9fe]", "10.0.0.1", "172.16.3.4", "192.168.1.1",
         "169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "240.0.0.1", "198.18.0.1", "[fe80::1]", "[fc00::1]",
-        "[ff02::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[2001:0:4136:e378:8000:63bf:3fff:fdd2]", "[::7f00:1]", "１２７.0.0.1",
+        "[ff02::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[2001:0:4136:e378:8000:63bf:3fff:fdd2]", "[::7f00:1]",
+        "１２７.0.0.1",
     ],
 )  # fmt: skip
 def test_private_hosts_are_refused_before_any_connection(server, host):

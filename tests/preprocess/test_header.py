@@ -7,9 +7,10 @@ import zlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
 from mmv1.errors import ImageError
 from mmv1.preprocess.header import probe_header
-from PIL import Image, ImageOps
 
 SIZES = [(1, 1), (2, 3), (3, 2), (28, 28), (257, 129), (1000, 7), (640, 480)]
 

@@ -1,9 +1,11 @@
 """Sizes, grids and token counts as transformers computes them, and bounds that hold."""
 
+import dataclasses
 import json
 import random
 
 import pytest
+
 from mmv1.config import ModelConfig
 from mmv1.errors import ConfigError, ImageError
 from mmv1.preprocess.layout import Qwen2VLLayout, load_layout
@@ -16,11 +18,11 @@ def make_layout(processor=None, **overrides):
 
 
 def model_config(path, **changes):
-    fields = dict(
+    config = ModelConfig(
         path=str(path), served_model_name="m", architecture="Qwen2_5_VLForConditionalGeneration", hf_config=IDS, dtype="float32",
         load_format="auto", max_model_len=4096, max_model_len_is_given=False, eos_token_ids=(), vocab_size=100, seed=0,
-    )
-    return ModelConfig(**{**fields, **changes})
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
 
 
 def random_sizes(count, limit=6000):

@@ -4,11 +4,11 @@ import io
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from mmv1.errors import ImageError
 from mmv1.preprocess.header import ImageHeader
 from mmv1.preprocess.media import ImageLimits, accept_bytes, encode_pil, ppm_pixels, read_file, to_rgb
-from PIL import Image
-
 from tests.pictures import make_image, make_pil
 
 LIMITS = ImageLimits(max_encoded_bytes=1 << 20, max_pixels=1_000_000, max_side=5000)

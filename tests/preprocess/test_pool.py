@@ -6,32 +6,23 @@ import signal
 import subprocess
 import sys
 
-import mmv1.preprocess.pool as pool_module
 import pytest
-import torch
+
+import mmv1.preprocess.pool as pool_module
 from mmv1.errors import EngineError, ImageError
 from mmv1.preprocess.header import probe_header
-from mmv1.preprocess.layout import Qwen2VLLayout
 from mmv1.preprocess.pool import PreprocessPool
-from mmv1.preprocess.pool_messages import DecodeJob
 from mmv1.preprocess.slab import SlabStore, map_slab
-
 from tests.pictures import make_image
 from tests.preprocess.processes import children, is_alive, wait_until
+from tests.preprocess.test_decode import decode_job, our_patches
 
-IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
-LAYOUT = Qwen2VLLayout({}, IDS, min_pixels=3136, max_pixels=200 * 784)
 SLAB_BYTES = 16 << 20
 TIMEOUT_S = 60
 
 
 def make_job(job_id, encoded, offset=0):
-    header = probe_header(encoded)
-    place = LAYOUT.place(header.width, header.height)
-    return DecodeJob(
-        job_id=job_id, header=header, resized_height=place.resized_height, resized_width=place.resized_width, patch_size=14,
-        merge_size=2, resample="bicubic", offset=offset, nbytes=place.nbytes,
-    )  # fmt: skip
+    return decode_job(probe_header(encoded), offset, job_id)
 
 
 class Harness:
@@ -63,7 +54,8 @@ class Harness:
         return children(self.pool.pid)
 
     def read(self, offset, nbytes):
-        return torch.frombuffer(bytearray(map_slab(self.slab.fd, SLAB_BYTES, writable=False)[offset : offset + nbytes]), dtype=torch.uint8)
+        with map_slab(self.slab.fd, SLAB_BYTES, writable=False) as slab:
+            return slab[offset : offset + nbytes]
 
     def close(self):
         self.run(self.pool.close())
@@ -76,16 +68,14 @@ def harness():
     harness = Harness()
     harness.run(harness.pool.wait_ready())
     yield harness
+    processes = [harness.pool.pid, *harness.workers()]
     harness.close()
+    wait_until(lambda: not any(is_alive(pid) for pid in processes))
+    assert len(processes) == 3 and not harness.failures
 
 
 def patches(encoded):
-    from mmv1.preprocess.decode import decode_rgb, resize, write_patches
-
-    job = make_job(0, encoded)
-    out = torch.zeros(job.nbytes, dtype=torch.uint8)
-    write_patches(resize(decode_rgb(encoded, job.header), job.resized_height, job.resized_width, job.resample), 14, 2, out)
-    return out
+    return our_patches(encoded).numpy().tobytes()
 
 
 def test_many_pictures_land_in_their_places(harness):
@@ -95,7 +85,7 @@ def test_many_pictures_land_in_their_places(harness):
     seconds = harness.run(asyncio.wait_for(_gather(futures), TIMEOUT_S))
     assert all(0 < s < TIMEOUT_S for s in seconds)
     for job, encoded in zip(jobs, pictures, strict=True):
-        assert torch.equal(harness.read(job.offset, job.nbytes), patches(encoded))
+        assert harness.read(job.offset, job.nbytes) == patches(encoded)
 
 
 async def _gather(futures):
@@ -129,7 +119,7 @@ def test_a_job_whose_worker_died_is_done_by_another(harness):
     wait_until(lambda: len(harness.workers()) == 2)
     assert not set(workers) & set(harness.workers())
     for n, encoded in enumerate(pictures):
-        assert torch.equal(harness.read(n << 19, len(patches(encoded))), patches(encoded))
+        assert harness.read(n << 19, len(patches(encoded))) == patches(encoded)
 
 
 def test_pending_jobs_can_be_withdrawn_and_running_ones_cannot(harness):
@@ -204,15 +194,6 @@ def test_a_pool_that_cannot_start_says_so():
         harness.run(harness.pool.wait_ready())
     assert len(harness.failures) == 1
     harness.close()
-
-
-def test_close_ends_everything():
-    harness = Harness()
-    harness.run(harness.pool.wait_ready())
-    processes = [harness.pool.pid, *harness.workers()]
-    harness.close()
-    wait_until(lambda: not any(is_alive(pid) for pid in processes))
-    assert not harness.failures
 
 
 _SERVER = """

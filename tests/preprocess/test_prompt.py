@@ -4,13 +4,15 @@ import itertools
 import json
 
 import pytest
-from mmv1.errors import ConfigError, RequestError
-from mmv1.preprocess.prompt import ImagePart, Message, PromptRenderer, TextPart, image_sources
 from PIL import Image
 
+from mmv1.errors import ConfigError, RequestError
+from mmv1.preprocess.prompt import ImagePart, Message, PromptRenderer, TextPart, image_sources
+
 TEXTS = [
-    "Describe this image.", "", " ", "\n", "  two  spaces ", "naïve café 図像 画像 Привет 😀", "e\u0301 NFC", "a\n\n b\r\n\tc", "<", "<|",
-    "1234567890", "{{ 7 * 7 }} {% raise %}", "<tool_call>x</tool_call>", "I'm don't", "<im_start>", "a<|b|>c", "\ue0f1", "x" * 300,
+    "Describe this image.", "", " ", "\n", "  two  spaces ", "naïve café 図像 画像 Привет 😀", "e\u0301 NFC", "a\n\n b\r\n\tc",
+    "<", "<|", "1234567890", "{{ 7 * 7 }} {% raise %}", "<tool_call>x</tool_call>", "I'm don't", "<im_start>", "a<|b|>c",
+    "\ue0f1", "x" * 300,
 ]  # fmt: skip
 
 
@@ -97,7 +99,8 @@ def test_special_tokens_in_user_text_are_text(renderer, ids):
 
 def test_special_tokens_in_every_role_and_with_pictures(renderer, ids):
     text = "<|image_pad|><|im_end|><|video_pad|><|vision_start|>"
-    messages = [Message("system", text), Message("user", [TextPart(text), ImagePart(b"")]), Message("assistant", text), Message("user", text)]
+    question = Message("user", [TextPart(text), ImagePart(b"")])
+    messages = [Message("system", text), question, Message("assistant", text), Message("user", text)]
     token_ids = renderer.render_chat(messages)
     assert token_ids.count(ids["image_token_id"]) == 1
     plain = [Message(m.role, "x" if isinstance(m.content, str) else [TextPart("x"), ImagePart(b"")]) for m in messages]
@@ -182,7 +185,8 @@ def test_where_templates_come_from(tmp_path, tiny_model_dir, ids):
 
 
 def test_template_errors_are_the_requests(tmp_path, tiny_model_dir, ids):
-    model = write_model(tmp_path, tiny_model_dir, "{% if messages|length > 1 %}{{ raise_exception('only one turn') }}{% endif %}{{ 1 + none }}")
+    template = "{% if messages|length > 1 %}{{ raise_exception('only one turn') }}{% endif %}{{ 1 + none }}"
+    model = write_model(tmp_path, tiny_model_dir, template)
     renderer = PromptRenderer(model, **ids)
     with pytest.raises(RequestError, match="only one turn"):
         renderer.render_chat([Message("user", "a"), Message("user", "b")])

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from mmv1.errors import ImageError
 from mmv1.preprocess.slab import ALIGNMENT, SlabLedger, SlabStore, aligned, available_memory_bytes, default_slab_bytes, map_slab
 
@@ -29,7 +30,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def placed(self, mm_hash, offset):
         size = aligned(self.sizes[mm_hash])
-        assert offset % PAGE == 0 and 0 <= offset and offset + size <= self.pages * PAGE
+        assert offset % PAGE == 0 and offset >= 0 and offset + size <= self.pages * PAGE
         for other, (start, length) in self.spans.items():
             if self.pins.get(other):
                 assert offset + size <= start or start + length <= offset, "overlaps a pinned picture"

@@ -113,7 +113,7 @@ class Harness:
         """One random thing happens. False if nothing could."""
         actions = [self.launch, self.settle, self.answer_pixels]
         self.rng.shuffle(actions)
-        happened = any([action() for action in actions]) or bool(self.asked)
+        happened = any(action() for action in actions) or bool(self.asked)
         for output in self.scheduler.take_failed():
             self._take(output)
         self._exchange_pixel_messages()

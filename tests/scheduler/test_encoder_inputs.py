@@ -18,7 +18,15 @@ def feature(mm_hash: bytes, offset: int, num_tokens: int) -> MMFeature:
 FEATURES = [feature(A, 10, 5), feature(B, 20, 8)]  # text 0-9, A 10-14, text 15-19, B 20-27, text from 28
 
 
-def clip(computed: int, new: int, states: dict[bytes, Picture], *, room: int = 1000, budget: int = 1000, features=FEATURES) -> Clip:  # type: ignore[no-untyped-def]
+def clip(
+    computed: int,
+    new: int,
+    states: dict[bytes, Picture],
+    *,
+    room: int = 1000,
+    budget: int = 1000,
+    features: list[MMFeature] = FEATURES,
+) -> Clip:
     return clip_chunk(
         features,
         computed,

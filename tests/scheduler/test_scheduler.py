@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmv1.types import FinishReason, MMFeature
+from mmv1.types import EngineCoreRequest, FinishReason, MMFeature
 from tests.scheduler.harness import Harness
 from tests.simulation import expected_output, make_request
 
@@ -13,7 +13,16 @@ def picture(mm_hash: bytes, offset: int, num_tokens: int) -> MMFeature:
     return MMFeature(mm_hash, offset, num_tokens, (1, 2, 2 * num_tokens))
 
 
-def with_picture(name: str, mm_hash: bytes = CAT, *, before: int = 6, size: int = 8, after: int = 4, text: int = 1, max_tokens: int = 3):  # type: ignore[no-untyped-def]
+def with_picture(
+    name: str,
+    mm_hash: bytes = CAT,
+    *,
+    before: int = 6,
+    size: int = 8,
+    after: int = 4,
+    text: int = 1,
+    max_tokens: int = 3,
+) -> EngineCoreRequest:
     prompt = [text] * before + [50] * size + [text] * after
     return make_request(name, prompt, [picture(mm_hash, before, size)], max_tokens=max_tokens, eos=())
 
@@ -158,7 +167,7 @@ def test_a_damaged_picture_ends_its_requests_and_no_others() -> None:
     for request in (with_picture("bad"), good, with_picture("bad too", text=5)):
         harness.add(request)
     harness.drain()
-    assert {name: reason for name, reason in harness.finished.items() if reason is FinishReason.ERROR}.keys() == {"bad", "bad too"}
+    assert {name for name, reason in harness.finished.items() if reason is FinishReason.ERROR} == {"bad", "bad too"}
     assert harness.outputs["good"] == expected_output(good) and harness.outputs["bad"] == []
 
 

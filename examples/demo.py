@@ -1,0 +1,77 @@
+"""`make demo`: two pictures, three questions, and the engine's own account of what it did not do twice.
+
+    python examples/demo.py [MODEL]
+
+Without MODEL it makes a tiny random model on the spot: its answers are noise, the machinery around it is the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mmv1 import SamplingParams
+from mmv1.config import EngineArgs, resolve
+from mmv1.engine.async_llm import AsyncLLM
+from mmv1.preprocess.prompt import ImagePart, Message, TextPart
+
+PICTURES = Path(__file__).parent / "pictures"
+
+
+async def ask(engine: AsyncLLM, picture: Path, question: str) -> None:
+    """Print the answer as it comes, and what answering took."""
+    before, decodes = await engine.refresh_stats(), engine.preprocessor.stats().num_decodes
+    print(f"\n{picture.name}: {question}\n  > ", end="", flush=True)
+    started = time.perf_counter()
+    first_s = 0.0
+    cached = prompt = 0
+    messages = [Message("user", [ImagePart(picture.read_bytes()), TextPart(question)])]
+    async for delta in engine.generate(messages, SamplingParams(temperature=0.0, max_tokens=24)):
+        first_s = first_s or time.perf_counter() - started
+        cached, prompt = max(cached, delta.num_cached_tokens), delta.num_prompt_tokens
+        print("".join(output.text for output in delta.outputs), end="", flush=True)
+    after = await engine.refresh_stats()
+    print(
+        f"\n  first token after {1e3 * first_s:.0f} ms | pictures decoded and preprocessed: "
+        f"{engine.preprocessor.stats().num_decodes - decodes}, encoded: {after.num_images_encoded - before.num_images_encoded} | "
+        f"prompt tokens from the prefix cache: {cached} of {prompt}"
+    )
+
+
+async def main(model: Path) -> None:
+    engine = AsyncLLM(resolve(EngineArgs(model=str(model), max_model_len=2048)))
+    started = time.perf_counter()
+    ready = await engine.start()
+    print(
+        f"Engine ready in {time.perf_counter() - started:.1f} s on {ready.device}, {ready.dtype}: {ready.num_kv_blocks} "
+        f"KV blocks of {ready.block_size} tokens, {ready.encoder_cache_bytes >> 20} MiB for picture embeddings"
+    )
+    try:
+        await ask(engine, PICTURES / "harbour.jpg", "What is in this picture?")
+        await ask(engine, PICTURES / "shapes.png", "What is in this picture?")
+        await ask(engine, PICTURES / "harbour.jpg", "Which colour is the boat?")
+        stats, pictures = engine.stats(), engine.preprocessor.stats()
+        print(
+            f"\nIn all: 3 questions, {pictures.num_decodes} pictures decoded and preprocessed, "
+            f"{stats.num_images_encoded} encoded; "
+            f"{stats.prefix_cache_hits} of {stats.prefix_cache_queries} prompt tokens came from the prefix cache.\n"
+            "The third question was about a picture already seen: nothing of it was decoded, preprocessed or encoded again."
+        )
+        if pictures.num_decodes != 2 or stats.num_images_encoded != 2 or not stats.prefix_cache_hits:
+            sys.exit("That is not what should have happened.")
+    finally:
+        await engine.close()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        asyncio.run(main(Path(sys.argv[1])))
+    else:
+        from tiny_model import make_tiny_model
+
+        with tempfile.TemporaryDirectory() as directory:
+            print("Making a tiny random model (its answers are noise) ...", flush=True)
+            asyncio.run(main(make_tiny_model(Path(directory) / "tiny-qwen2.5-vl")))
