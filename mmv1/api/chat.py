@@ -180,7 +180,7 @@ class ChatAnswer:
         yield b"data: [DONE]\n\n"
 
     async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
-        """The engine's outputs, counted and timed; an output that carries an error is raised."""
+        """The engine's outputs, counted and timed."""
         request = self._request
         outputs = self._llm.generate(
             self._conversation,
@@ -192,8 +192,6 @@ class ChatAnswer:
         try:
             async with aclosing(outputs):
                 async for output in outputs:
-                    if output.error is not None:
-                        raise output.error
                     num_new_tokens = sum(len(news.token_ids) for news in output.outputs)
                     self._num_prompt_tokens = output.num_prompt_tokens
                     self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)

@@ -72,7 +72,6 @@ class RequestOutput(msgspec.Struct):
     num_prompt_tokens: int
     num_cached_tokens: int = 0
     finished: bool = False
-    error: MMV1Error | None = None
     prompt_token_ids: list[int] | None = None
 
 

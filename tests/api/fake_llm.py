@@ -50,7 +50,6 @@ class FakeLLM:
         self.resume = asyncio.Event()
         self.fail_before: int | None = None
         self.error: Exception = EngineDeadError("engine process 4711 at 0xdeadbeef is gone")
-        self.error_in_output = False
         self.asked: list[tuple[list[Message], SamplingParams, dict[str, object]]] = []
         self.running: set[str] = set()
         self.aborted: list[str] = []
@@ -66,9 +65,7 @@ class FakeLLM:
                 if i == self.pause_before:
                     await self.resume.wait()
                 if i == self.fail_before:
-                    if not self.error_in_output:
-                        raise self.error
-                    yield RequestOutput(request_id, [], 5, error=self.error)
+                    raise self.error
                 last = i == len(self.pieces) - 1
                 outputs = [self._news(index, i, piece, last, sampling_params) for index in range(sampling_params.n)]
                 yield RequestOutput(request_id, outputs, 5, num_cached_tokens=4 if i == 0 else 0, finished=last)

@@ -164,10 +164,9 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("in_output", [False, True])
 @pytest.mark.parametrize(("error", "status", "code", "param"), ERRORS)
-def test_an_error_before_the_first_token_has_its_status(llm, stream, in_output, error, status, code, param) -> None:
-    llm.fail_before, llm.error, llm.error_in_output = 0, error, in_output
+def test_an_error_before_the_first_token_has_its_status(llm, stream, error, status, code, param) -> None:
+    llm.fail_before, llm.error = 0, error
     reply = post(llm, stream=stream)
     assert reply.status_code == status
     assert reply.headers["content-type"] == "application/json"

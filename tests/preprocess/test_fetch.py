@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -213,6 +214,28 @@ def test_bad_answers(server, path, code):
 
 def test_a_slow_server(server):
     assert refusal(at(server, "slow"), timeout_s=0.3, **NAMED) == "image_fetch_timeout"
+
+
+def test_the_name_is_in_the_tls_handshake():
+    """Nothing but a socket that reads the client's first words and hangs up."""
+
+    async def resolve(host, port):
+        return ["127.0.0.1"]
+
+    hello = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                hello.append(connection.recv(16384))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"https://pictures.example:{listener.getsockname()[1]}/picture"
+        assert refusal(url, allowed_domains=["pictures.example"], resolve=resolve) == "image_fetch_failed"
+        thread.join()
+    assert b"pictures.example" in hello[0]
 
 
 def test_nobody_listens(server):

@@ -7,13 +7,14 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 import mmv1.preprocess.pool as pool_module
 from mmv1.errors import EngineError, ImageError
 from mmv1.preprocess.header import probe_header
 from mmv1.preprocess.pool import PreprocessPool
 from mmv1.preprocess.slab import SlabStore, map_slab
-from tests.pictures import make_image
+from tests.pictures import encode, make_image, make_pil
 from tests.preprocess.processes import children, is_alive, wait_until
 from tests.preprocess.test_decode import decode_job, our_patches
 
@@ -157,7 +158,7 @@ def test_a_picture_that_kills_its_workers_fails_and_the_pool_lives(monkeypatch):
     monkeypatch.setattr(pool_module, "_JOB_CPU_SECONDS", 0.1)
     harness = Harness(num_workers=1)
     try:
-        slow = make_image(5000, 5000, format="JPEG")
+        slow = encode(make_pil(500, 500).resize((5000, 5000), Image.Resampling.NEAREST))
         with pytest.raises(ImageError, match="twice"):
             harness.run(harness.submit(make_job(1, slow), slow))
         assert harness.pool.num_deaths == 2

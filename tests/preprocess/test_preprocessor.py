@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 
 import pytest
@@ -398,23 +399,26 @@ def test_tenants_share_nothing(harness):
     assert len(hashes) == 3
 
 
-def test_large_payloads_leave_the_event_loop(harness):
-    """A 12 MiB data: URL is decoded and hashed while the loop turns."""
-    noise = os.urandom(3 * 2000 * 2000)
-    encoded = png(2000, 2000, b"".join(b"\0" + noise[row * 6000 : (row + 1) * 6000] for row in range(2000)))
-    url = data_url(encoded, "PNG")
+def test_large_payloads_leave_the_event_loop(harness, monkeypatch):
+    """Parsing a large data: URL and hashing what is in it happen in a thread; a small picture's do not."""
+    import mmv1.preprocess.preprocessor as module
 
-    async def prepare():
-        task = asyncio.create_task(harness.pre.prepare_chat("large", user(url)))
-        loop, longest = asyncio.get_running_loop(), 0.0
-        while not task.done():
-            before = loop.time()
-            await asyncio.sleep(0)
-            longest = max(longest, loop.time() - before)
-        return task.result(), longest
+    loop_thread, threads = threading.get_ident(), {}
 
-    prepared, longest = harness.run(prepare())
-    assert prepared.mm_features[0].num_tokens and longest < 0.2
+    def recorded(name, function):
+        def call(*args, **kwargs):
+            threads[name] = threading.get_ident() == loop_thread
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(module, "parse_data_url", recorded("parse", module.parse_data_url))
+    monkeypatch.setattr(harness.pre._hasher, "mm_hash", recorded("hash", harness.pre._hasher.mm_hash))
+    small = make_image(100, 100)
+    harness.prepare(data_url(small))
+    assert threads == {"parse": True, "hash": True}
+    harness.prepare(data_url(small + bytes(1 << 20)))
+    assert threads == {"parse": False, "hash": False}
 
 
 def test_a_full_slab_makes_pictures_wait_their_turn(tiny_model_dir):

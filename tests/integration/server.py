@@ -1,0 +1,155 @@
+"""A real `mmv1 serve`, as a subprocess with a port of its own, and what a test wants to know of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+START_TIMEOUT_S = 120.0
+ENGINE = "mmv1.engine.core_process"
+POOL = "mmv1.preprocess.pool_process"
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """The first true value of `condition()`, asked again and again."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def process_exists(pid: int) -> bool:
+    """Whether it runs; one that has ended and is not yet waited for does not."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    return False
+
+
+def children_of(pid: int) -> list[int]:
+    """All processes below `pid`."""
+    parents: dict[int, list[int]] = {}
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdecimal():
+            with contextlib.suppress(OSError):
+                parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+                parents.setdefault(parent, []).append(int(directory.name))
+    found = [pid]
+    for known in found:
+        found += parents.get(known, [])
+    return found[1:]
+
+
+def command_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
+
+
+def listening_tcp_ports(pid: int) -> set[int]:
+    """The TCP ports that a process listens on."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if match := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(link)):
+                inodes.add(match[1])
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:  # 0A: listening
+                ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
+
+
+class Server:
+    """A running server. `log` is what it has written so far."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
+        self.process = process
+        self._log_path = log_path
+        self.port = 0
+        self.http = httpx.Client(timeout=60.0)
+
+    @property
+    def log(self) -> str:
+        return self._log_path.read_text()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60.0)
+
+    def wait_ready(self) -> None:
+        def listening() -> re.Match[str] | None:
+            assert self.process.poll() is None, self.log
+            return re.search(r"on http://127\.0\.0\.1:(\d+)", self.log)
+
+        self.port = int(wait_until(listening, START_TIMEOUT_S, "the server listens")[1])
+        wait_until(self.is_healthy, 10, "/health answers 200")
+
+    def is_healthy(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return self.http.get(f"{self.url}/health").status_code == 200
+        return False
+
+    def post(self, body: Any, **options: Any) -> httpx.Response:
+        """A chat request, `body` as JSON."""
+        return self.http.post(f"{self.url}/v1/chat/completions", json=body, **options)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample without labels of its own, by name, less the prefix."""
+        families = text_string_to_metric_families(self.http.get(f"{self.url}/metrics").text)
+        return {sample.name.removeprefix("mmv1:"): sample.value for family in families for sample in family.samples}
+
+    def pid_of(self, module: str) -> int:
+        (pid,) = [pid for pid in children_of(self.process.pid) if module in command_of(pid)]
+        return pid
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def serving(model_dir: Path, folder: Path, *options: str) -> Iterator[Server]:
+    """`mmv1 serve MODEL_DIR` on a free port; ended, with all that came from it, at the end."""
+    log_path = folder / "server.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mmv1", "serve", str(model_dir), "--port", "0", "--served-model-name", "tiny", *options],
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+    server = Server(process, log_path)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        family = [process.pid, *children_of(process.pid)]
+        try:
+            server.stop()
+        except subprocess.TimeoutExpired:
+            for pid in family:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+        server.http.close()

@@ -1,0 +1,102 @@
+"""The user's words, and what they resolve to: both config dialects, and one clear sentence for what cannot work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from mmv1.config import EngineArgs, EngineConfig, resolve
+from mmv1.errors import ConfigError
+
+FLAT = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "max_position_embeddings": 4096,
+    "vocab_size": 1000,
+    "eos_token_id": 5,
+    "torch_dtype": "bfloat16",
+}
+NESTED = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "dtype": "bfloat16",
+    "text_config": {"max_position_embeddings": 4096, "vocab_size": 1000, "eos_token_id": [5], "dtype": "bfloat16"},
+}
+
+
+def model_dir(tmp_path: Path, config: Any, **files: Any) -> str:
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("config", [FLAT, NESTED], ids=["flat", "nested"])
+def test_both_dialects_say_the_same(tmp_path: Path, config: dict[str, Any]) -> None:
+    model = resolve(EngineArgs(model=model_dir(tmp_path, config))).model
+    assert (model.max_model_len, model.vocab_size, model.eos_token_ids) == (4096, 1000, (5,))
+    assert model.architecture == "Qwen2_5_VLForConditionalGeneration"
+
+
+def test_end_of_sequence_ids_are_the_union(tmp_path: Path) -> None:
+    path = model_dir(tmp_path, FLAT, generation_config={"eos_token_id": [7, 8]})
+    assert resolve(EngineArgs(model=path)).model.eos_token_ids == (7, 8, 5)
+
+
+def test_the_type_is_float32_on_a_cpu_and_what_the_user_says_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = model_dir(tmp_path, FLAT)
+    monkeypatch.setattr("mmv1.config.has_cuda_device", lambda: False)
+    assert resolve(EngineArgs(model=path)).model.dtype == "float32"
+    assert resolve(EngineArgs(model=path, dtype="float16")).model.dtype == "float16"
+    monkeypatch.setattr("mmv1.config.has_cuda_device", lambda: True)
+    assert resolve(EngineArgs(model=path)).model.dtype == "bfloat16"
+
+
+def test_it_travels_as_msgpack(tmp_path: Path) -> None:
+    config = resolve(EngineArgs(model=model_dir(tmp_path, NESTED), allowed_media_domains=["a.example"]))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_model_len": 8192}, "more than the model's 4096"),
+        ({"max_model_len": 1}, "at least 2"),
+        ({"max_num_seqs": 0}, "--max-num-seqs"),
+        ({"max_num_batched_tokens": -1}, "--max-num-batched-tokens"),
+        ({"block_size": 0}, "--block-size"),
+        ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization"),
+        ({"limit_mm_per_prompt": {"video": 1}}, "--limit-mm-per-prompt"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        resolve(EngineArgs(model=model_dir(tmp_path, FLAT), **changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("{", "config.json"),
+        ("[1]", "not a JSON object"),
+        ({}, "has no config.json"),
+        ({"architectures": ["X"]}, "max_position_embeddings"),
+        ({**FLAT, "torch_dtype": "float8"}, "dtype"),
+    ],
+)
+def test_model_directories_that_cannot_work_are_named(
+    tmp_path: Path, config: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmv1.config.has_cuda_device", lambda: True)
+    with pytest.raises(ConfigError, match=says):
+        resolve(EngineArgs(model=model_dir(tmp_path, config)))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "one", "a/b/c"])
+def test_a_name_that_is_neither_a_directory_nor_a_hub_id(name: str) -> None:
+    with pytest.raises(ConfigError, match="no model directory"):
+        resolve(EngineArgs(model=name))
