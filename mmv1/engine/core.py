@@ -113,6 +113,7 @@ class EngineCore:
                 scheduler.pixels_ready(event)
             case Abort():
                 scheduler.abort(event.request_ids)
+                self._outbox.stats = scheduler.snapshot()  # gauges have fallen, and perhaps nothing else is left to tell
             case FeatureFailed():
                 scheduler.pixels_failed(event)
             case Ping():
@@ -133,7 +134,7 @@ class EngineCore:
 
     def _tell(self) -> None:
         news = self._outbox
-        if news.outputs or news.pixel_requests or news.pixel_releases or news.pong:
+        if news.outputs or news.pixel_requests or news.pixel_releases or news.pong or news.stats:
             news.stats = self.scheduler.snapshot()
             self._outbox = EngineCoreOutputs()
             self._publish(news)

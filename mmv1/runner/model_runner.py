@@ -25,26 +25,34 @@ class PendingOutput:
     be launched."""
 
     def __init__(self, step_id: int, request_ids: list[str], sampled: SamplerOutput | None, num_logprobs: np.ndarray) -> None:
+        """`num_logprobs` [requests]: how many likeliest tokens each asked for."""
         self._step_id = step_id
         self._request_ids = request_ids
         self._num_logprobs = num_logprobs
-        self._logprobs_of = sampled.logprobs.requests if sampled and sampled.logprobs else None
-        tensors: Sequence[torch.Tensor] = () if sampled is None else (sampled.token_ids, *(sampled.logprobs or ())[1:])
+        tensors: list[torch.Tensor] = []
+        self._asked: list[int] = []  # places of the requests that want log-probabilities
+        if sampled is not None:
+            tensors.append(sampled.token_ids)
+            if sampled.logprobs is not None:
+                self._asked = sampled.logprobs.requests.tolist()
+                tensors += sampled.logprobs.tensors
         self._copy = HostCopy(tensors)
 
     def wait(self) -> ModelRunnerOutput:
         values = self._copy.wait()
         token_ids = values[0].tolist() if values else []
-        logprobs = self._read_logprobs(token_ids, *values[1:]) if self._logprobs_of is not None else None
         return ModelRunnerOutput(
-            step_id=self._step_id, request_ids=self._request_ids, sampled_token_ids=token_ids, logprobs=logprobs
+            step_id=self._step_id,
+            request_ids=self._request_ids,
+            sampled_token_ids=token_ids,
+            logprobs=self._read_logprobs(token_ids, *values[1:]) if self._asked else None,
         )
 
     def _read_logprobs(
         self, token_ids: list[int], top_ids: np.ndarray, top_logprobs: np.ndarray, sampled: np.ndarray, ranks: np.ndarray
     ) -> dict[str, TokenLogprobs]:
         result = {}
-        for i, place in enumerate(self._logprobs_of.tolist() if self._logprobs_of is not None else ()):
+        for i, place in enumerate(self._asked):
             count = int(self._num_logprobs[place])
             result[self._request_ids[place]] = TokenLogprobs(
                 [token_ids[place], *top_ids[i, :count].tolist()],

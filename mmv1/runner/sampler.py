@@ -29,6 +29,11 @@ class LogprobTensors(NamedTuple):
     sampled_logprob: torch.Tensor  # float32 [L]
     sampled_rank: torch.Tensor  # int64 [L]; 1 is the most likely
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What has to travel to the host."""
+        return self.top_ids, self.top_logprobs, self.sampled_logprob, self.sampled_rank
+
 
 class SamplerOutput(NamedTuple):
     token_ids: torch.Tensor  # int64 [S]

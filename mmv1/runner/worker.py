@@ -97,7 +97,7 @@ class Worker:
             "%s, %s, attention backend %s: %d KV blocks of %d tokens, %.1f MiB of picture embeddings",
             self.platform.name, self._config.model.dtype, self.backend.name, num_blocks, self._config.cache.block_size,
             encoder_cache_bytes / (1 << 20),
-        )  # fmt: skip
+        )
 
     def execute(self, step: SchedulerOutput) -> PendingOutput:
         """Launch a step; its result is had from `PendingOutput.wait`, on any thread."""
@@ -116,7 +116,10 @@ class Worker:
         if self.platform.is_cuda:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         handler = torch.profiler.tensorboard_trace_handler(trace_dir)
-        self._profiler = torch.profiler.profile(activities=activities, on_trace_ready=handler, acc_events=True)
+        every_thread = torch.profiler._ExperimentalConfig(profile_all_threads=True)  # steps are launched on one of their own
+        self._profiler = torch.profiler.profile(
+            activities=activities, on_trace_ready=handler, acc_events=True, experimental_config=every_thread
+        )
         self._profiler.start()
 
     def _make_runner(self, num_blocks: int, encoder_cache_bytes: int) -> ModelRunner:

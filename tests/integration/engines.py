@@ -1,11 +1,9 @@
-"""Engines for tests: started once for each group of settings, and a way to talk to the AsyncLLM inside."""
+"""For tests of a running engine: its event loop, its caches, its counters, and how answers are compared."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Coroutine, Sequence
-from pathlib import Path
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from mmv1.engine.llm import LLM, _conversation
@@ -17,21 +15,6 @@ T = TypeVar("T")
 
 def greedy(max_tokens: int = 12, **params: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, **params)
-
-
-class Engines(contextlib.ExitStack):
-    """Starting one takes seconds, so tests with the same settings share one. All end with the context."""
-
-    def __init__(self, model_dir: Path) -> None:
-        super().__init__()
-        self._model_dir = model_dir
-        self._started: dict[str, LLM] = {}
-
-    def get(self, **settings: Any) -> LLM:
-        key = repr(sorted(settings.items()))
-        if key not in self._started:
-            self._started[key] = self.enter_context(LLM(self._model_dir, **settings))
-        return self._started[key]
 
 
 def run_inside(llm: LLM, work: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
@@ -49,9 +32,17 @@ def forget_caches(llm: LLM) -> None:
     run_inside(llm, reset())
 
 
-async def stream(llm: LLM, messages: Sequence[dict[str, Any]], params: SamplingParams, **options: Any) -> list[RequestOutput]:
-    """The deltas of one answer, as a server reads them; for `run_inside`."""
-    return [delta async for delta in llm.engine.generate(_conversation(messages), params, **options)]
+def deltas_of(
+    llm: LLM, messages: Sequence[dict[str, Any]], params: SamplingParams, **options: Any
+) -> AsyncGenerator[RequestOutput, None]:
+    """One answer as a server reads it; for use inside."""
+    return llm.engine.generate(_conversation(messages), params, **options)
+
+
+async def all_deltas_of(
+    llm: LLM, messages: Sequence[dict[str, Any]], params: SamplingParams, **options: Any
+) -> list[RequestOutput]:
+    return [delta async for delta in deltas_of(llm, messages, params, **options)]
 
 
 class Counters:

@@ -17,10 +17,14 @@ import httpx
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.pictures import data_url
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_TIMEOUT_S = 120.0
 ENGINE = "mmv1.engine.core_process"
 POOL = "mmv1.preprocess.pool_process"
+MAX_NUM_SEQS = 4  # of the server that all tests share
+TEXT = "What is in this picture?"
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
@@ -82,6 +86,7 @@ class Server:
         self.process = process
         self._log_path = log_path
         self.port = 0
+        self.started: list[int] = []  # the processes below it, as of when it was ready
         self.http = httpx.Client(timeout=60.0)
 
     @property
@@ -102,6 +107,7 @@ class Server:
 
         self.port = int(wait_until(listening, START_TIMEOUT_S, "the server listens")[1])
         wait_until(self.is_healthy, 10, "/health answers 200")
+        self.started = children_of(self.process.pid)
 
     def is_healthy(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
@@ -144,12 +150,28 @@ def serving(model_dir: Path, folder: Path, *options: str) -> Iterator[Server]:
         server.wait_ready()
         yield server
     finally:
-        family = [process.pid, *children_of(process.pid)]
-        try:
-            server.stop()
-        except subprocess.TimeoutExpired:
-            for pid in family:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
         server.http.close()
+        family = {process.pid, *children_of(process.pid), *server.started}
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.stop()
+        for pid in family:
+            if process_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def body(content: Any, **options: Any) -> dict[str, Any]:
+    options = {"temperature": 0, "max_tokens": 8} | options
+    return {"model": "tiny", "messages": [{"role": "user", "content": content}], **options}
+
+
+def image(url: str | bytes, file_format: str = "JPEG") -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url if isinstance(url, str) else data_url(url, file_format)}}
+
+
+def text(words: str = TEXT) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def ask(picture: str | bytes, words: str = TEXT, **options: Any) -> dict[str, Any]:
+    return body([image(picture), text(words)], **options)

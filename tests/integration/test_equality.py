@@ -21,7 +21,7 @@ from mmv1.engine.output_processor import CompletionOutput, RequestOutput
 from mmv1.preprocess.layout import load_layout
 from mmv1.types import SamplingParams
 from tests.integration.conversations import Case, make_cases
-from tests.integration.engines import Counters, assert_same_answer, forget_caches, greedy, run_inside, stream
+from tests.integration.engines import Counters, all_deltas_of, assert_same_answer, forget_caches, greedy, run_inside
 from tests.pictures import make_image
 
 pytestmark = pytest.mark.slow
@@ -214,7 +214,7 @@ def test_among_strangers(engine: LLM, asked: Asked, all_cases: list[Case]) -> No
 def test_streamed(engine: LLM, asked: Asked) -> None:
     forget_caches(engine)
     for messages, expected in zip(asked.messages, asked.answers, strict=True):
-        deltas = run_inside(engine, stream(engine, messages, GREEDY))
+        deltas = run_inside(engine, all_deltas_of(engine, messages, GREEDY))
         assert len(deltas) > 1
         outputs = [output for delta in deltas for output in delta.outputs]
         whole = CompletionOutput(

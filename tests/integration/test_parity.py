@@ -5,8 +5,6 @@ Sixty conversations and more, all submitted at once, so that batches, chunks and
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -37,6 +35,7 @@ def references(hf_oracle: HFOracle, cases: list[Case]) -> list[OracleAnswer]:
 @pytest.fixture(scope="module")
 def answers(llm: LLM, cases: list[Case]) -> list[RequestOutput]:
     """To all conversations in one call, from cold caches."""
+    forget_caches(llm)
     return llm.chat([case.messages for case in cases], greedy(MAX_TOKENS, logprobs=20))
 
 

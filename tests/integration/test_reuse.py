@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmv1.engine.llm import LLM
-from tests.integration.engines import Counters, Engines, forget_caches, greedy, run_inside, stream, tokens
+from tests.integration.engines import Counters, all_deltas_of, deltas_of, forget_caches, greedy, run_inside, tokens
 from tests.oracle import HFOracle
 from tests.pictures import data_url, decode, make_image
 
@@ -68,9 +69,16 @@ def test_an_evicted_embedding_is_made_again_from_the_slab(llm: LLM) -> None:
     assert tokens([first]) == tokens([second])
 
 
-def test_a_picture_covered_by_the_kv_prefix_is_never_decoded(engines: Engines) -> None:
-    """Although the slab and the encoder cache, each with room for one picture, have both forgotten it."""
-    llm = engines.get(encoder_cache_bytes=(160 + 16) * 256, preprocess_slab_gb=377 * 1024 / (1 << 30))
+@pytest.fixture
+def forgetful_llm(tiny_model_dir: Path) -> Iterator[LLM]:
+    """Its slab and its encoder cache have room for one picture each."""
+    with LLM(tiny_model_dir, encoder_cache_bytes=(160 + 16) * 256, preprocess_slab_gb=377 * 1024 / (1 << 30)) as started:
+        yield started
+
+
+def test_a_picture_covered_by_the_kv_prefix_is_never_decoded(forgetful_llm: LLM) -> None:
+    """Although the slab and the encoder cache have both forgotten it."""
+    llm = forgetful_llm
     shown = picture(5)
     (cold,) = llm.chat(ask(LONG_TEXT + "Colours?", shown), greedy(8))
     other = ask("?", picture(10, 310, 310))
@@ -125,7 +133,7 @@ def test_cache_salt_isolates(llm: LLM) -> None:
     messages = ask(LONG_TEXT, picture(20))
 
     def cached(salt: str) -> int:
-        deltas = run_inside(llm, stream(llm, messages, greedy(2), cache_salt=salt))
+        deltas = run_inside(llm, all_deltas_of(llm, messages, greedy(2), cache_salt=salt))
         return max(delta.num_cached_tokens for delta in deltas)
 
     assert [cached("one"), cached("two")] == [0, 0]
@@ -138,7 +146,7 @@ def test_requests_that_are_given_up_leave_nothing_behind(llm: LLM) -> None:
     messages = [ask("What is it?", picture(seed)) for seed in range(30, 34)]
 
     async def give_up(index: int, num_deltas: int) -> None:
-        deltas = aiter_of(llm, messages[index])
+        deltas = deltas_of(llm, messages[index], greedy(500, ignore_eos=True))
         for _ in range(num_deltas):
             await anext(deltas)
         await deltas.aclose()
@@ -156,9 +164,3 @@ def test_requests_that_are_given_up_leave_nothing_behind(llm: LLM) -> None:
     assert (preprocess.encoded_bytes, preprocess.num_waiting_for_slab) == (0, 0)
     (answer,) = llm.chat(messages[0], greedy(8))
     assert len(answer.outputs[0].token_ids) == 8
-
-
-def aiter_of(llm: LLM, messages: list[dict[str, Any]]) -> Any:
-    from mmv1.engine.llm import _conversation
-
-    return llm.engine.generate(_conversation(messages), greedy(500, ignore_eos=True))

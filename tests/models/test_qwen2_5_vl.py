@@ -24,7 +24,7 @@ from tests.runner.driver import Picture, make_picture, make_prompt, tiny_config
 LAYOUTS: list[list[int | tuple[int, int]]] = [
     [7], [(3, 5)], [(5, 3)], [4, (1, 1)], [(1, 1), 4], [2, (4, 9), 3], [2, (9, 4), 3],
     [1, (2, 2), 1, (2, 2), 1, (7, 1), 1], [(1, 12), 1, (12, 1)], [100, (6, 6), 50, (3, 8), 1],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

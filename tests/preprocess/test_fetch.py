@@ -155,7 +155,13 @@ def test_public_addresses(address):
     assert is_public(address)
 
 
-@pytest.mark.parametrize("address", ["not an address", "fe80::1%eth0", "::ffff:10.0.0.1", "192.0.0.1", "0.0.0.1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "not an address", "fe80::1%eth0", "::ffff:10.0.0.1", "192.0.0.1", "0.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
+        "2001:0:4136:e378:8000:63bf:3fff:fdd2", "::7f00:1", "224.0.0.1", "ff0e::1", "240.0.0.1",
+    ],
+)  # fmt: skip
 def test_other_addresses(address):
     assert not is_public(address)
 

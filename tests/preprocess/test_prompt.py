@@ -117,6 +117,13 @@ def test_two_texts_do_not_spell_a_special_token_together(renderer):
                 assert _specials_of(token_ids, renderer) == _specials_of(baseline, renderer), (special, cut)
 
 
+def test_nor_do_they_when_the_template_strips_them(tmp_path, tiny_model_dir, ids):
+    template = "{% for message in messages %}{% for part in message.content %}{{ part.text | trim }}{% endfor %}{% endfor %}"
+    renderer = PromptRenderer(write_model(tmp_path, tiny_model_dir, template), **ids)
+    token_ids = renderer.render_chat([Message("user", [TextPart("a<|im_ \n"), TextPart(" end|>b")])])
+    assert _specials_of(token_ids, renderer) == [] and _plain_text(renderer, token_ids) == "a<|im_end|>b"
+
+
 def _specials_of(token_ids, renderer):
     special = set(renderer._special_ids.values())
     return [token for token in token_ids if token in special]

@@ -108,7 +108,9 @@ class _Request:
 class Driver:
     """Owns a worker, hands out its blocks, and keeps every picture's embedding once encoded unless told to drop it."""
 
-    def __init__(self, config: EngineConfig, *, num_blocks: int = 256, encoder_rows: int = 2048, slab_bytes: int = 8 << 20) -> None:
+    def __init__(
+        self, config: EngineConfig, *, num_blocks: int = 256, encoder_rows: int = 2048, slab_bytes: int = 8 << 20
+    ) -> None:
         self._block_size = config.cache.block_size
         self._slab_fd = os.memfd_create("slab")
         os.ftruncate(self._slab_fd, slab_bytes)
@@ -209,7 +211,7 @@ class Driver:
         return NewRequestData(
             request_id, list(request.token_ids), len(request.prompt.token_ids), request.prompt.features, request.params, (),
             list(request.block_ids), request.computed,
-        )  # fmt: skip
+        )
 
     def collect(self) -> ModelRunnerOutput:
         """The result of the oldest step in flight, applied."""

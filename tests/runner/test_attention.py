@@ -29,7 +29,7 @@ def naive(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torc
 STEPS = [
     [(0, 1)], [(0, 9)], [(7, 1)], [(7, 5)], [(3, 1), (20, 1), (1, 1), (0, 1)], [(0, 3), (5, 1), (8, 8), (30, 1), (4, 2), (15, 1)],
     [(4, 4), (0, 4), (0, 16), (12, 1)],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)

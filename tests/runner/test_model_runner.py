@@ -28,7 +28,7 @@ def prompts(image_token_id: int) -> list[Prompt]:
     """Strangers to each other: no picture, one, the same one, several, a picture first and a picture last."""
     shared = make_picture(4, 4, seed=9)
     layouts = [[21], [3, make_picture(2, 2), 4], [3, shared, 2], [shared, 6], [8, shared, 1, make_picture(1, 1)],
-               [1], [40, make_picture(6, 2), 1, make_picture(3, 3), 1, make_picture(1, 9), 5], [130]]  # fmt: skip
+               [1], [40, make_picture(6, 2), 1, make_picture(3, 3), 1, make_picture(1, 9), 5], [130]]
     return [make_prompt(layout, image_token_id=image_token_id, seed=i) for i, layout in enumerate(layouts)]
 
 
@@ -51,7 +51,7 @@ def first_logits(driver: Driver, prompt: Prompt, chunk: int) -> torch.Tensor:
     driver.finish("a")
     model.compute_logits = compute  # type: ignore[method-assign]
     assert len(caught) == 1
-    return caught[0][0]
+    return caught[0][0].cpu()
 
 
 def test_logits_equal_transformers_at_every_chunk_size(
@@ -206,7 +206,7 @@ def _step(**parts: object) -> SchedulerOutput:
     empty: dict[str, object] = {
         "step_id": 1, "num_scheduled_tokens": {}, "total_num_scheduled_tokens": 0, "new_requests": [],
         "cached_requests": CachedRequestData([], []), "encoder_inputs": [], "free_mm_hashes": [], "finished_request_ids": [],
-    }  # fmt: skip
+    }
     return SchedulerOutput(**(empty | parts))  # type: ignore[arg-type]
 
 

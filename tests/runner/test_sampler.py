@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -14,12 +15,15 @@ from mmv1.runner.sampling_columns import SamplingBatch, SamplingColumns
 from mmv1.types import SamplingParams
 
 VOCAB = 50
+PLATFORM = Platform()
 
 
-def make_batch(params: list[SamplingParams], prompts: list[list[int]], outputs: list[list[int]]) -> tuple[SamplingBatch, torch.Tensor]:
+def make_batch(
+    params: list[SamplingParams], prompts: list[list[int]], outputs: list[list[int]]
+) -> tuple[SamplingBatch, torch.Tensor]:
     """The batch, and the device's token ids with rubbish past each row's end."""
     columns = SamplingColumns(len(params))
-    token_ids = torch.randint(0, VOCAB, (len(params), 64), dtype=torch.int32)
+    token_ids = torch.randint(0, VOCAB, (len(params), 64), dtype=torch.int32, device=PLATFORM.device)
     for row, (p, prompt, output) in enumerate(zip(params, prompts, outputs, strict=True)):
         columns.set(row, p, len(prompt), (p.seed or 0) % (1 << 64))
         token_ids[row, : len(prompt) + len(output)] = torch.tensor(prompt + output, dtype=torch.int32)
@@ -28,18 +32,18 @@ def make_batch(params: list[SamplingParams], prompts: list[list[int]], outputs: 
 
 
 def run(logits: torch.Tensor, params: list[SamplingParams], prompts: list[list[int]] | None = None,
-        outputs: list[list[int]] | None = None) -> list[int]:  # fmt: skip
+        outputs: list[list[int]] | None = None) -> list[int]:
     prompts = prompts or [[1]] * len(params)
     outputs = outputs or [[]] * len(params)
     batch, token_ids = make_batch(params, prompts, outputs)
-    return Sampler(Platform(), logits.shape[1])(logits, batch, token_ids).token_ids.tolist()
+    return Sampler(PLATFORM, logits.shape[1])(logits.to(PLATFORM.device), batch, token_ids).token_ids.tolist()
 
 
 def naive_distribution(logits: torch.Tensor, params: SamplingParams, prompt: list[int], output: list[int]) -> torch.Tensor:
     """Probabilities of one row's next token, written as the parameters are documented."""
     scores = logits.double().clone()
     for token in set(prompt + output):
-        scores[token] = scores[token] / params.repetition_penalty if scores[token] > 0 else scores[token] * params.repetition_penalty
+        scores[token] *= 1 / params.repetition_penalty if scores[token] > 0 else params.repetition_penalty
     for token, count in Counter(output).items():
         scores[token] -= params.frequency_penalty * count + params.presence_penalty
     if params.temperature == 0:
@@ -85,7 +89,7 @@ def test_every_parameter_gives_its_distribution_in_one_mixed_batch() -> None:
     draws, per_batch = 4000, 100
     logits = torch.randn(len(CASES), VOCAB) * 2
     prompts = [torch.randint(0, VOCAB, (6,)).tolist() for _ in CASES]
-    outputs = [torch.randint(0, VOCAB, (i % 5 * 3,)).tolist() for i in range(len(CASES))]
+    outputs = [torch.randint(0, VOCAB, (1 + i % 5 * 3,)).tolist() for i in range(len(CASES))]
     counts = torch.zeros(len(CASES), VOCAB, dtype=torch.double)
     for start in range(0, draws, per_batch):
         seeds = [start + i for i in range(per_batch)]
@@ -99,6 +103,17 @@ def test_every_parameter_gives_its_distribution_in_one_mixed_batch() -> None:
         assert distance < 0.02 * (expected > 0).sum() ** 0.5 / 2 + 0.002, (case, distance)
 
 
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
+def test_output_penalties_begin_at_the_first_token_of_the_output(penalty: str) -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [5, 6, 7]] = torch.tensor([9.0, 8.0, 7.0])
+    params = SamplingParams(temperature=0.0, **{penalty: 2.5})
+    assert run(logits, [params], prompts=[[7, 5]], outputs=[[]]) == [5]
+    assert run(logits, [params], prompts=[[7, 6]], outputs=[[5]]) == [6]
+    assert run(logits, [params], prompts=[[5, 6]], outputs=[[5, 7, 6]]) == [5]  # by 6.5 to 5.5 to 4.5
+    assert run(logits, [params], prompts=[[1]], outputs=[[5, 6, 5]]) == [7]
+
+
 def test_successive_draws_of_one_request_are_independent() -> None:
     """One seed, many positions: pairs of neighbours occur as often as the product of their probabilities says."""
     n = 20_000
@@ -108,19 +123,21 @@ def test_successive_draws_of_one_request_are_independent() -> None:
     columns = SamplingColumns(500)
     for row in range(500):
         columns.set(row, params[row], 1, 7)
-    sampler = Sampler(Platform(), 3)
+    sampler = Sampler(PLATFORM, 3)
+    logits = probabilities.log().expand(500, 3).to(PLATFORM.device)
+    no_tokens = torch.zeros(500, 1, dtype=torch.int32, device=PLATFORM.device)
     for start in range(0, n, 500):
         batch = columns.select(np.arange(500), 1 + np.arange(start, start + 500))
-        tokens += sampler(probabilities.log().expand(500, 3), batch, torch.zeros(500, 1, dtype=torch.int32)).token_ids.tolist()
-    pairs = Counter(zip(tokens, tokens[1:], strict=False))
+        tokens += sampler(logits, batch, no_tokens).token_ids.tolist()
+    pairs = Counter(itertools.pairwise(tokens))
     for a in range(3):
         for b in range(3):
             assert abs(pairs[a, b] / n - probabilities[a] * probabilities[b]) < 0.012
 
 
 def test_noise_is_exponential_to_its_tails() -> None:
-    sampler = Sampler(Platform(), 1000)
-    log_e = sampler._log_exponential(torch.arange(1000, dtype=torch.int64) * 7919)
+    sampler = Sampler(PLATFORM, 1000)
+    log_e = sampler._log_exponential(torch.arange(1000, device=PLATFORM.device) * 7919).cpu()
     assert log_e.isfinite().all()
     values = log_e.double().exp().flatten().sort().values
     uniform = 1 - (-values).exp()
@@ -160,12 +177,12 @@ def test_large_vocabularies_are_drawn_in_parts_without_a_difference(monkeypatch:
 
 def test_logits_are_left_as_they_were() -> None:
     """Log-probabilities are of the raw logits, whichever row asks and whatever else it asks for."""
-    logits = torch.randn(3, VOCAB)
+    logits = torch.randn(3, VOCAB, device=PLATFORM.device)
     before = logits.clone()
     params = [SamplingParams(seed=1, repetition_penalty=2.0, top_k=3, min_p=0.1, logprobs=2), SamplingParams(temperature=0.0),
-              SamplingParams(temperature=0.0, presence_penalty=1.0, logprobs=5)]  # fmt: skip
+              SamplingParams(temperature=0.0, presence_penalty=1.0, logprobs=5)]
     batch, token_ids = make_batch(params, [[1, 2]] * 3, [[3]] * 3)
-    output = Sampler(Platform(), VOCAB)(logits, batch, token_ids)
+    output = Sampler(PLATFORM, VOCAB)(logits, batch, token_ids)
     assert torch.equal(logits, before)
     assert output.logprobs is not None
     assert output.logprobs.requests.tolist() == [0, 2]
