@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from mmv1.log import logger
 
 if TYPE_CHECKING:
     from tests.oracle import HFOracle
@@ -46,3 +50,12 @@ def hf_oracle(tiny_model_dir: Path) -> HFOracle:
     from tests.oracle import HFOracle
 
     return HFOracle(tiny_model_dir)
+
+
+@pytest.fixture(autouse=True)
+def untouched_logger() -> Iterator[None]:
+    """What a test makes of the product's logger (a command run in this process configures it) ends with the test."""
+    yield
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)

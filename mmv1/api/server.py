@@ -235,7 +235,7 @@ async def serve(llm: AsyncLLM, listener: socket.socket) -> int:
         timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
     )
     uvicorn_logger = logging.getLogger("uvicorn.error")
-    uvicorn_logger.handlers, uvicorn_logger.propagate = logger.handlers, False
+    uvicorn_logger.handlers, uvicorn_logger.propagate = list(logger.handlers), False
     uvicorn_logger.setLevel(logging.WARNING)
     server = _Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):

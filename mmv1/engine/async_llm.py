@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from mmv1.config import EngineConfig
 from mmv1.engine.client import EngineClient
 from mmv1.engine.output_processor import CompletionDelta, CompletionOutput, OutputProcessor, RequestOutput
-from mmv1.errors import ContextLengthError, EngineDeadError, MMV1Error, RequestError
+from mmv1.errors import ConfigError, ContextLengthError, EngineDeadError, MMV1Error, RequestError
 from mmv1.log import logger
 from mmv1.preprocess.media import ImageSource
 from mmv1.preprocess.preprocessor import PreparedPrompt, Preprocessor
@@ -45,6 +45,8 @@ class AsyncLLM:
         self.ready: EngineReady | None = None
         self._client = EngineClient(self._take_outputs, self._end_all)
         self.preprocessor = Preprocessor(config.model, config.preprocess, self._client.send, on_failure=self._pool_failed)
+        if self.tokenizer.get_vocab_size(with_added_tokens=True) > config.model.vocab_size:
+            raise ConfigError("tokenizer.json has more tokens than config.json's vocab_size: they are not of one model")
         self._outputs = OutputProcessor(self.preprocessor.tokenizer)
         self._streams: dict[str, _Stream] = {}
         self._stats = SchedulerStats()
@@ -162,14 +164,14 @@ class AsyncLLM:
             for index in range(params.n)
         ]
 
-    async def _take_outputs(self, outputs: EngineCoreOutputs) -> None:
+    def _take_outputs(self, outputs: EngineCoreOutputs) -> None:
         """The core's news, on the event loop. Releases go before requests (see PixelLedger.take_messages)."""
         if outputs.stats is not None:
             self._stats = outputs.stats
         for mm_hash in outputs.pixel_releases:
             self.preprocessor.release_pixels(mm_hash)
         for request in outputs.pixel_requests:
-            await self.preprocessor.request_pixels(request)
+            self.preprocessor.request_pixels(request)
         if outputs.outputs and (stopped := self._outputs.process(outputs.outputs)):
             self._client.send(Abort(stopped))
 

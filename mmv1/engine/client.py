@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 from mmv1.config import EngineConfig
@@ -23,7 +23,7 @@ class EngineClient:
     """`on_outputs` is called with every EngineCoreOutputs, in order; `on_death` once, with a sentence, if the engine ends by
     itself. Both on the event loop that called `start`."""
 
-    def __init__(self, on_outputs: Callable[[EngineCoreOutputs], Awaitable[None]], on_death: Callable[[str], None]) -> None:
+    def __init__(self, on_outputs: Callable[[EngineCoreOutputs], None], on_death: Callable[[str], None]) -> None:
         self._on_outputs = on_outputs
         self._on_death = on_death
         self._process: EngineProcess | None = None
@@ -101,7 +101,7 @@ class EngineClient:
                 message = await receiver.recv()
                 match message:
                     case EngineCoreOutputs():
-                        await self._take_outputs(message)
+                        self._take_outputs(message)
                     case EngineReady():
                         self._settle_ready(message)
                     case EngineDead():
@@ -114,10 +114,10 @@ class EngineClient:
         finally:
             receiver.close()
 
-    async def _take_outputs(self, outputs: EngineCoreOutputs) -> None:
+    def _take_outputs(self, outputs: EngineCoreOutputs) -> None:
         if outputs.pong is not None and (answer := self._pings.get(outputs.pong.ping_id)) is not None and not answer.done():
             answer.set_result(outputs.pong)
-        await self._on_outputs(outputs)
+        self._on_outputs(outputs)
 
     def _settle_ready(self, ready: EngineReady) -> None:
         if self._ready is not None and not self._ready.done():

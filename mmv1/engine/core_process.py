@@ -2,7 +2,7 @@
 
     python -m mmv1.engine.core_process SOCKET_DIR SLAB_FD
 
-and an EngineConfig as msgpack on standard input, whose end means that the parent is gone, and ends this process too.
+and an EngineConfig as msgpack on standard input, whose end says that the parent wants this process to end, or is gone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import queue
 import signal
 import sys
 import threading
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 _ENCODER_CACHE_SHARE = 8  # the encoder cache gets this part of the KV cache's memory unless its size is given,
 _MAX_ENCODER_CACHE_BYTES = 4 << 30  # and at most this
+_STOP_TIMEOUT_S = 3.0
 
 
 def lay_out_memory(config: EngineConfig, worker: Worker, max_image_tokens: int) -> tuple[int, int, int]:
@@ -79,13 +82,16 @@ def build_core(
 
     layout = load_layout(config.model, min_pixels=config.preprocess.min_pixels, max_pixels=config.preprocess.max_pixels)
     max_image_tokens = layout.max_image_tokens(config.model.max_model_len)
+    # A picture is encoded whole: a smaller budget than the largest one would never let it through.
+    limits = replace(config.scheduler, max_num_encoder_tokens=max(config.scheduler.max_num_encoder_tokens, max_image_tokens))
+    config = replace(config, scheduler=limits)
     worker = Worker(config, slab_fd)
     worker.init_device()
     worker.load_model()
     num_blocks, encoder_bytes, max_model_len = lay_out_memory(config, worker, max_image_tokens)
     worker.initialize_caches(num_blocks, encoder_bytes)
 
-    cache, limits = config.cache, config.scheduler
+    cache = config.cache
     hasher = BlockHasher(cache.block_size, cache.hash_algorithm) if cache.enable_prefix_caching else None
     scheduler = Scheduler(
         KVCacheManager(num_blocks, cache.block_size, hasher),
@@ -93,7 +99,7 @@ def build_core(
         PixelLedger(max_ahead_patches=os.fstat(slab_fd).st_size // 2 // layout.row_bytes),
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
-        max_num_encoder_tokens=max(limits.max_num_encoder_tokens, max_image_tokens),
+        max_num_encoder_tokens=limits.max_num_encoder_tokens,
         policy=limits.policy,
     )
     core = EngineCore(scheduler, UniProcExecutor(worker), output.put)
@@ -102,8 +108,8 @@ def build_core(
         num_kv_blocks=num_blocks - 1,
         block_size=cache.block_size,
         encoder_cache_bytes=encoder_bytes,
-        attention_backend=worker.backend.name,
-        device=worker.platform.name,
+        attention_backend=worker.attention_backend_name,
+        device=worker.device_name,
         dtype=config.model.dtype,
     )
     return core, ready
@@ -114,10 +120,13 @@ def _read_config() -> EngineConfig:
     return msgspec.msgpack.decode(sys.stdin.buffer.read(size), type=EngineConfig)
 
 
-def _end_with_parent() -> None:
-    """Return only by ending the process: standard input ends when the parent does, however it ended."""
+def _end_with_parent(cores: list[EngineCore]) -> None:
+    """End the process when standard input does: the steps in flight may finish, unless they take too long."""
     while sys.stdin.buffer.read(1):
         pass
+    for core in cores:
+        core.stop()
+        time.sleep(_STOP_TIMEOUT_S)
     os._exit(0)
 
 
@@ -135,18 +144,19 @@ def _send(address: str, output: queue.SimpleQueue[EngineCoreMessage | None]) -> 
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the whole group: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all of a service's processes at once: the parent decides
     configure_logging("engine")
     socket_dir, slab_fd = sys.argv[1], int(sys.argv[2])
     config = _read_config()
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    cores: list[EngineCore] = []  # one, as soon as it is built
+    threading.Thread(target=_end_with_parent, args=(cores,), name="parent", daemon=True).start()
     output: queue.SimpleQueue[EngineCoreMessage | None] = queue.SimpleQueue()
     sending = threading.Thread(target=_send, args=(ipc_address(socket_dir, OUTPUT_SOCKET), output), name="output")
     sending.start()
     status = 1
     try:
         core, ready = build_core(config, slab_fd, output)
-        signal.signal(signal.SIGTERM, lambda *_: core.stop())
+        cores.append(core)
         threading.Thread(target=_receive, args=(ipc_address(socket_dir, INPUT_SOCKET), core), name="input", daemon=True).start()
         # What exists now lives as long as the process: the collector need not look at it again, in the middle of a step.
         gc.collect()

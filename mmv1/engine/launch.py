@@ -1,7 +1,8 @@
 """Start the engine's process, watch it, stop it.
 
 It is started as a plain subprocess, not through multiprocessing: nothing is pickled and the user's __main__ is not run again.
-It inherits the pixel slab by file descriptor, and ends by itself when this process does, however that happens.
+It inherits the pixel slab by file descriptor, and ends by itself when this process does, however that happens. It has a session
+of its own, so a Ctrl-C in the terminal reaches only this process, which finishes what it is doing and then ends the other.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class EngineProcess:
             *(sys.executable, "-m", "mmv1.engine.core_process", str(socket_dir), str(slab_fd)),
             stdin=asyncio.subprocess.PIPE,
             pass_fds=(slab_fd,),
+            start_new_session=True,
             env={**os.environ, "PYTHONPATH": path},
         )
         message = msgspec.msgpack.encode(config)
@@ -49,14 +51,13 @@ class EngineProcess:
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """Ask it to end, then make it."""
+        """Ask it to end, by the end of its standard input, then make it."""
         if self._process.returncode is not None:
             return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         try:
-            self._process.terminate()
             await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
-        except ProcessLookupError:
-            pass
         except TimeoutError:
             self._process.kill()
             await self._process.wait()

@@ -7,7 +7,7 @@ at the head of `_produce`. One event loop, one owner: the ledger, the tickets an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmv1.errors import EngineError, ImageError
@@ -18,7 +18,7 @@ from mmv1.preprocess.pool_messages import DecodeJob
 from mmv1.preprocess.slab import SlabLedger
 from mmv1.types import FeatureFailed, FeatureReady, PixelRequest
 
-SendFeature = Callable[[FeatureReady | FeatureFailed], Awaitable[None] | None]
+SendFeature = Callable[[FeatureReady | FeatureFailed], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class PixelService:
         if not picture.num_references:
             del self._pictures[mm_hash]
 
-    async def request(self, request: PixelRequest) -> None:
+    def request(self, request: PixelRequest) -> None:
         """Answer with FeatureReady or FeatureFailed, now or when the work is done; not at all if released before."""
         mm_hash, ticket = request.mm_hash, request.ticket
         if mm_hash in self._jobs:
@@ -101,11 +101,11 @@ class PixelService:
                 self.num_slab_hits += 1
                 self._held[mm_hash] = slot
         if mm_hash in self._held:
-            await self._deliver(FeatureReady(mm_hash, ticket, *self._held[mm_hash]))
+            self._send(FeatureReady(mm_hash, ticket, *self._held[mm_hash]))
             return
         picture = self._pictures.get(mm_hash)
         if picture is None:
-            await self._deliver(FeatureFailed(mm_hash, ticket, "the image is gone: its request has ended", "invalid_image"))
+            self._send(FeatureFailed(mm_hash, ticket, "the image is gone: its request has ended", "invalid_image"))
             return
         self._awaited[mm_hash] = ticket
         self._start_job(mm_hash, picture)
@@ -163,14 +163,14 @@ class PixelService:
         try:
             self.decode_seconds += await self._pool.submit(decode, job.picture.image.data)
         except ImageError as error:
-            await self._failed(mm_hash, error.message, error.code)
+            self._failed(mm_hash, error.message, error.code)
         except EngineError:
-            await self._failed(mm_hash, "the image could not be processed: the server is failing", "internal_error")
+            self._failed(mm_hash, "the image could not be processed: the server is failing", "internal_error")
         else:
             self.num_decodes += 1
-            await self._ready(mm_hash, offset, place.nbytes)
+            self._ready(mm_hash, offset, place.nbytes)
 
-    async def _ready(self, mm_hash: bytes, offset: int, nbytes: int) -> None:
+    def _ready(self, mm_hash: bytes, offset: int, nbytes: int) -> None:
         del self._jobs[mm_hash]
         ticket = self._awaited.pop(mm_hash, None)
         if ticket is None:
@@ -178,18 +178,13 @@ class PixelService:
             self._admit()
         else:  # the job's pin becomes the core's
             self._held[mm_hash] = (offset, nbytes)
-            await self._deliver(FeatureReady(mm_hash, ticket, offset, nbytes))
+            self._send(FeatureReady(mm_hash, ticket, offset, nbytes))
 
-    async def _failed(self, mm_hash: bytes, message: str, code: str) -> None:
+    def _failed(self, mm_hash: bytes, message: str, code: str) -> None:
         del self._jobs[mm_hash]
         self.num_failures += 1
         self._ledger.discard(mm_hash)
         ticket = self._awaited.pop(mm_hash, None)
         self._admit()
         if ticket is not None:
-            await self._deliver(FeatureFailed(mm_hash, ticket, message, code))
-
-    async def _deliver(self, answer: FeatureReady | FeatureFailed) -> None:
-        sent = self._send(answer)
-        if sent is not None:
-            await sent
+            self._send(FeatureFailed(mm_hash, ticket, message, code))

@@ -105,6 +105,7 @@ class PreprocessPool:
             *(sys.executable, "-m", "mmv1.preprocess.pool_process", msgspec.json.encode(settings).decode()),
             stdin=asyncio.subprocess.PIPE,
             pass_fds=(self._slab_fd,),
+            start_new_session=True,  # a Ctrl-C in the terminal is for the API server, which then ends the pool
             env={**os.environ, **_POOL_ENVIRONMENT, "PYTHONPATH": path},
         )
         self._tasks = [asyncio.create_task(self._receive(self._answers)), asyncio.create_task(self._watch(self._process))]

@@ -42,7 +42,7 @@ def main() -> int:
     settings = msgspec.json.decode(sys.argv[1], type=PoolSettings)
     configure_logging("preprocess")
     prepare_process()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API server decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all of a service's processes at once: the API server decides
     try:
         return _supervise(settings)
     finally:

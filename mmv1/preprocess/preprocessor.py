@@ -163,9 +163,9 @@ class Preprocessor:
         for mm_hash in self._requests.pop(request_id, ()):
             self._pixels.drop_reference(mm_hash)
 
-    async def request_pixels(self, request: PixelRequest) -> None:
+    def request_pixels(self, request: PixelRequest) -> None:
         """The core asks for a picture's pixels. The answer goes through `send`, carrying the newest ticket of its hash."""
-        await self._pixels.request(request)
+        self._pixels.request(request)
 
     def release_pixels(self, mm_hash: bytes) -> None:
         """The core no longer holds or awaits these pixels; no answer to an earlier request is sent any more."""

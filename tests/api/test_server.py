@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import signal
 import socket
@@ -283,9 +282,7 @@ def test_models_health_and_documentation(llm: FakeLLM) -> None:
     asyncio.run(main())
 
 
-def test_start_up_lines(llm: FakeLLM, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("mmv1"), "propagate", True)
-
+def test_start_up_lines(llm: FakeLLM, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> int:
         with caplog.at_level("INFO", "mmv1"):
             async with served(llm) as server:

@@ -21,9 +21,15 @@ SIZES = [
 ]  # fmt: skip
 KINDS = ["jpeg bytes", "png bytes", "pil", "path", "data url", "png data url"]
 TEXTS = [
-    "What is in this picture?", "Describe it in one sentence, please.", "Which colours do you see, and where?", "Und was ist hier?",
-    "Compare the two: what is the same?", "图片里有什么?", "Read the text in the image.", "Is the circle left of the square? 1 + 2 = 3",
-]  # fmt: skip
+    "What is in this picture?",
+    "Describe it in one sentence, please.",
+    "Which colours do you see, and where?",
+    "Und was ist hier?",
+    "Compare the two: what is the same?",
+    "图片里有什么?",
+    "Read the text in the image.",
+    "Is the circle left of the square? 1 + 2 = 3",
+]
 
 
 @dataclass(frozen=True)

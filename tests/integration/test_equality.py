@@ -53,9 +53,7 @@ SAMPLED = [
     SamplingParams(temperature=0.9, seed=1, max_tokens=12),
     SamplingParams(temperature=1.2, seed=2, top_k=20, max_tokens=12),
     SamplingParams(temperature=0.8, seed=3, top_p=0.9, min_p=0.01, max_tokens=12),
-    SamplingParams(
-        temperature=1.0, seed=4, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5, max_tokens=12, ignore_eos=True
-    ),
+    SamplingParams(seed=4, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5, max_tokens=12, ignore_eos=True),
 ]
 
 
@@ -271,7 +269,7 @@ def test_a_hit_may_end_inside_a_picture(engine: LLM, llm: LLM) -> None:
 
 @using("few blocks")
 def test_a_hit_may_end_at_any_block_of_a_picture(engine: LLM, llm: LLM) -> None:
-    """Strangers take the last blocks of a prompt first. What is left of it is used, and the rest of its picture computed again."""
+    """Strangers take the last blocks of a prompt first. What is left is used, the rest computed again."""
     prompt = raw_prompt(engine, 6, [50, 51, 52])
     forget_caches(llm)
     (expected,) = llm.generate(prompt, GREEDY)

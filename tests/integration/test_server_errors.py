@@ -102,14 +102,14 @@ def test_a_damaged_picture_harms_no_neighbour(server: Server, still_good: None) 
 
 
 WRONG_FIELDS: list[tuple[str, Any]] = [
-    *(("temperature", value) for value in ("hot", -0.1, 2.1, None.__class__.__name__, [1], True)),
+    *(("temperature", value) for value in ("hot", -0.1, 2.1, [1], True)),
     *(("top_p", value) for value in (0, 1.5, "x")),
     *(("top_k", value) for value in (-2, 1.5, "x", 2**40)),
     *(("min_p", value) for value in (-0.1, 1.1, "x")),
     *(("n", value) for value in (0, -1, 17, 1.5, "2")),
     *(("seed", value) for value in ("x", 1.5, 2**70)),
-    *(("max_tokens", value) for value in (0, -1, "x", 1.5, 2**70, 5000)),
-    *(("max_completion_tokens", value) for value in (0, "x", 5000)),
+    *(("max_tokens", value) for value in (0, -1, "x", 1.5, 2**70)),
+    *(("max_completion_tokens", value) for value in (0, "x")),
     *(("stop", value) for value in (5, [1], "", ["x"] * 17, {})),
     *(("stop_token_ids", value) for value in ("x", [-1], ["x"], [10**7])),
     *(("presence_penalty", value) for value in (3, -3, "x")),
@@ -138,8 +138,8 @@ WRONG_FIELDS: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("field", "value"), WRONG_FIELDS)
 def test_a_wrong_field_is_named(server: Server, field: str, value: Any) -> None:
     error = assert_is_clear_error(server.post(body("Hello") | {field: value}))
-    assert error["param"] is None or error["param"].startswith((field, "messages" if field.startswith("max_") else field)), error
-    assert field in error["message"] + str(error["param"]) or error["code"] == "context_length_exceeded"
+    assert error["param"].startswith(field)
+    assert field in error["message"]
 
 
 @pytest.mark.parametrize(

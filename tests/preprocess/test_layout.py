@@ -93,8 +93,9 @@ def test_both_dialects(processor):
 def test_defaults_are_transformers():
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-    oracle, layout = Qwen2VLImageProcessor(), make_layout()
-    assert (layout.min_pixels, layout.max_pixels) == (oracle.size["shortest_edge"], oracle.size["longest_edge"])
+    # Its pixel limits are a dict of the class, which every instance made with other limits writes to: hence a size of our own.
+    oracle, layout = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}), make_layout()
+    assert (layout.min_pixels, layout.max_pixels) == (56 * 56, 28 * 28 * 1280)  # as the class is written
     for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "rescale_factor"):
         assert getattr(layout, name) == pytest.approx(getattr(oracle, name), abs=0, rel=1e-15), name
 

@@ -63,7 +63,11 @@ class Harness:
     def request(self, mm_hash, ticket=None):
         self.ticket += 1
         ticket = ticket or self.ticket
-        self.run(self.pre.request_pixels(PixelRequest(mm_hash, ticket)))
+
+        async def request():
+            self.pre.request_pixels(PixelRequest(mm_hash, ticket))
+
+        self.run(request())
         return ticket
 
     def release(self, mm_hash):
@@ -205,7 +209,7 @@ def test_one_decode_for_many_requests(harness):
 
     async def request_all():
         for ticket in range(1, 65):
-            await harness.pre.request_pixels(PixelRequest(mm_hash, ticket))
+            harness.pre.request_pixels(PixelRequest(mm_hash, ticket))
 
     harness.run(request_all())
     [ready] = harness.answers()
@@ -490,7 +494,7 @@ async def main(model_dir, picture):
     for n in range(200):
         data = picture + n.to_bytes(2, "big")
         prepared = await pre.prepare_chat(str(n), [Message("user", [ImagePart(data)])])
-        await pre.request_pixels(PixelRequest(prepared.mm_features[0].mm_hash, 1))
+        pre.request_pixels(PixelRequest(prepared.mm_features[0].mm_hash, 1))
         while len(sent) <= n:
             await asyncio.sleep(0.001)
         pre.release_pixels(prepared.mm_features[0].mm_hash)
