@@ -28,6 +28,9 @@ import numpy as np
 import pybase64
 from PIL import Image
 
+# As `mmv1 serve` starts its engine on a CPU; transformers gets the same, before torch is imported: it is as good for it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 NUM_REQUESTS = 200
 NUM_CONCURRENT = 32
 NUM_ONE_BY_ONE = 24

@@ -21,6 +21,9 @@ INPUT_SOCKET = "core-in"  # names in the socket directory
 OUTPUT_SOCKET = "core-out"
 _STOP_TIMEOUT_S = 5.0
 
+# On a CPU the engine shares its cores with the API server and the pool: threads that spin while they wait take from both.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 
 class EngineProcess:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
@@ -35,7 +38,7 @@ class EngineProcess:
             stdin=asyncio.subprocess.PIPE,
             pass_fds=(slab_fd,),
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**_ENVIRONMENT, **os.environ, "PYTHONPATH": path},
         )
         message = msgspec.msgpack.encode(config)
         assert process.stdin is not None
