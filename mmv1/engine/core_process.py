@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -120,10 +121,11 @@ def _read_config() -> EngineConfig:
     return msgspec.msgpack.decode(sys.stdin.buffer.read(size), type=EngineConfig)
 
 
-def _end_with_parent(cores: list[EngineCore]) -> None:
+def _end_with_parent(cores: list[EngineCore], socket_dir: str) -> None:
     """End the process when standard input does: the steps in flight may finish, unless they take too long."""
     while sys.stdin.buffer.read(1):
         pass
+    shutil.rmtree(socket_dir, ignore_errors=True)  # a parent that was killed cannot
     for core in cores:
         core.stop()
         time.sleep(_STOP_TIMEOUT_S)
@@ -149,7 +151,7 @@ def main() -> int:
     socket_dir, slab_fd = sys.argv[1], int(sys.argv[2])
     config = _read_config()
     cores: list[EngineCore] = []  # one, as soon as it is built
-    threading.Thread(target=_end_with_parent, args=(cores,), name="parent", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(cores, socket_dir), name="parent", daemon=True).start()
     output: queue.SimpleQueue[EngineCoreMessage | None] = queue.SimpleQueue()
     sending = threading.Thread(target=_send, args=(ipc_address(socket_dir, OUTPUT_SOCKET), output), name="output")
     sending.start()

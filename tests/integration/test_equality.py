@@ -20,7 +20,7 @@ from mmv1.engine.llm import LLM
 from mmv1.engine.output_processor import CompletionOutput, RequestOutput
 from mmv1.preprocess.layout import load_layout
 from mmv1.types import SamplingParams
-from tests.integration.conversations import Case, make_cases
+from tests.integration.conversations import Case, make_cases, text_part
 from tests.integration.engines import Counters, all_deltas_of, assert_same_answer, forget_caches, greedy, run_inside
 from tests.pictures import make_image
 
@@ -206,6 +206,24 @@ def test_among_strangers(engine: LLM, asked: Asked, all_cases: list[Case]) -> No
         together = [*messages[:16], asked.messages[index], *messages[16:]]
         answers = engine.chat(together, [*params[:16], GREEDY, *params[16:]])
         assert_same_answer(answers[16].outputs[0], asked.answers[index], asked.cases[index].name)
+
+
+@using("few blocks", "short of everything")
+def test_preempted_while_generating(engine: LLM, llm: LLM) -> None:
+    """Long answers to short prompts: what was generated before is kept, and counts as generated."""
+    messages = [
+        [{"role": "user", "content": [{"type": "image", "image": make_image(90, 60 + 10 * seed, seed=seed)}, text_part("What?")]}]
+        for seed in range(8)
+    ]
+    params = [msgspec.structs.replace(SAMPLED[i % 4], max_tokens=120, ignore_eos=True, logprobs=1) for i in range(8)]
+    params[0] = params[1] = greedy(120, ignore_eos=True, logprobs=1)
+    expected = [alone_and_cold(llm, *each) for each in zip(messages, params, strict=True)]
+    forget_caches(engine)
+    counters = Counters(engine)
+    answers = engine.chat(messages, params)
+    assert counters.num_preemptions > 0
+    for index, answer in enumerate(answers):
+        assert_same_answer(answer.outputs[0], expected[index], index)
 
 
 @using("roomy")

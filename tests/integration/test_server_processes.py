@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -98,10 +99,15 @@ def test_a_server_that_is_told_to_end_finishes_what_it_answers(own_server: Serve
 def test_nothing_survives_a_server_that_is_killed(own_server: Server) -> None:
     server = own_server
     assert len(server.started) >= 2
+    commands = " ".join(map(command_of, server.started))
+    socket_dirs = {Path(found) for found in re.findall(r"[\w/]*/mmv1-\w+", commands)}
+    assert len(socket_dirs) == 2
+    assert all(path.is_dir() for path in socket_dirs)
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(server.post, endless())
         wait_until(lambda: server.metrics()["num_requests_running"] == 1, 10, "the engine works")
         server.process.kill()
         server.process.wait(5)
         wait_until(lambda: not any(map(process_exists, server.started)), 5, "engine and pool are gone")
+        assert not any(path.exists() for path in socket_dirs)
         assert isinstance(answer.exception(5), httpx.TransportError)
