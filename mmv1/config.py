@@ -7,10 +7,12 @@ down the house are handed the numbers they need, never these objects whole.
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mmv1.errors import ConfigError
 
@@ -156,13 +158,87 @@ def text_config(hf_config: dict[str, Any]) -> dict[str, Any]:
     return {**hf_config, **nested} if isinstance(nested, dict) else hf_config
 
 
+_ABSURD = 1 << 40  # no number of a model's configuration is as large
+
+
+def whole_number(settings: Mapping[str, Any], name: str, default: int | None = None, *, least: int = 1) -> int:
+    """`settings[name]` of a file of the model directory; `default` when absent or null. Raises ConfigError."""
+    value = default if settings.get(name) is None else settings[name]
+    if value is None:
+        raise ConfigError(f"config.json does not say {name}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _ABSURD:
+        raise ConfigError(f"the model directory says {name} = {value!r}, which must be a whole number of at least {least}")
+    return value
+
+
+def positive_number(settings: Mapping[str, Any], name: str, default: float) -> float:
+    """The same for a number above 0 that need not be whole."""
+    value = default if settings.get(name) is None else settings[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _ABSURD:
+        raise ConfigError(f"the model directory says {name} = {value!r}, which must be a number above 0")
+    return float(value)
+
+
+def whole_numbers(settings: Mapping[str, Any], name: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The same for a list of whole numbers of at least 0."""
+    value = default if settings.get(name) is None else settings[name]
+    if value is None:
+        raise ConfigError(f"config.json does not say {name}")
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"the model directory says {name} = {value!r}, which must be a list")
+    return tuple(whole_number({name: item}, name, least=0) for item in value)
+
+
+def section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The object at `settings[name]`; {} when absent or null. Raises ConfigError when it is something else."""
+    value = settings.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"the model directory says {name} = {value!r}, which must be an object")
+    return value or {}
+
+
+class Normalization(NamedTuple):
+    """What the image processor does to a pixel: (x * rescale_factor - mean) / std, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float
+
+
+def read_image_processor_config(model_dir: Path) -> dict[str, Any]:
+    """The image processor's settings: nested in processor_config.json where newer files put them, else their own file; the
+    order in which transformers looks. Raises ConfigError."""
+    nested = section(read_json(model_dir / "processor_config.json"), "image_processor")
+    return nested or read_json(model_dir / "preprocessor_config.json")
+
+
+def image_normalization(processor: Mapping[str, Any]) -> Normalization:
+    """By default the numbers of CLIP (Radford et al., 2021). Raises ConfigError."""
+    channels = []
+    for name, default in (
+        ("image_mean", (0.48145466, 0.4578275, 0.40821073)),
+        ("image_std", (0.26862954, 0.26130258, 0.27577711)),
+    ):
+        values = processor.get(name) or default
+        if not isinstance(values, (list, tuple)) or len(values) != len(default):
+            raise ConfigError(f"the model directory says {name} = {values!r}, which must be a list of {len(default)} numbers")
+        channels.append(tuple(_channel_number(name, value) for value in values))
+    return Normalization(channels[0], channels[1], positive_number(processor, "rescale_factor", 1 / 255))
+
+
+def _channel_number(name: str, value: Any) -> float:
+    if name == "image_mean" and value == 0 and not isinstance(value, bool):
+        return 0.0
+    return positive_number({name: value}, name, math.nan)
+
+
 def _eos_token_ids(model_dir: Path, hf_config: dict[str, Any]) -> tuple[int, ...]:
     """The union of generation_config's and config's end-of-sequence ids, in that order."""
     ids: list[int] = []
     for source in (read_json(model_dir / "generation_config.json"), text_config(hf_config), hf_config):
         eos = source.get("eos_token_id")
-        if eos is not None:
-            ids += [token for token in (eos if isinstance(eos, list) else [eos]) if token not in ids]
+        listed = source if isinstance(eos, list) else {"eos_token_id": [] if eos is None else [eos]}
+        ids += [token for token in whole_numbers(listed, "eos_token_id") if token not in ids]
     return tuple(ids)
 
 
@@ -172,15 +248,15 @@ def _resolve_model(args: EngineArgs, *, on_cpu: bool) -> ModelConfig:
     if not hf_config:
         raise ConfigError(f"'{args.model}' has no config.json")
     architectures = hf_config.get("architectures") or [hf_config.get("model_type", "")]
+    if not isinstance(architectures, list):
+        raise ConfigError(f"config.json says architectures = {architectures!r}, which must be a list")
     text = text_config(hf_config)
-    derived_len = int(text.get("max_position_embeddings") or 0)
+    derived_len = whole_number(text, "max_position_embeddings", 0, least=0)
     if not derived_len and args.max_model_len is None:
         raise ConfigError("config.json does not say max_position_embeddings: give --max-model-len")
-    max_model_len = args.max_model_len or derived_len
+    max_model_len = derived_len if args.max_model_len is None else args.max_model_len
     if derived_len and max_model_len > derived_len:
         raise ConfigError(f"--max-model-len {max_model_len} is more than the model's {derived_len}")
-    if max_model_len < 2:
-        raise ConfigError("--max-model-len must be at least 2")
     stored = text.get("dtype") or text.get("torch_dtype") or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
     dtype: Any = args.dtype if args.dtype != "auto" else ("float32" if on_cpu else stored)
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -195,7 +271,7 @@ def _resolve_model(args: EngineArgs, *, on_cpu: bool) -> ModelConfig:
         max_model_len=max_model_len,
         max_model_len_is_given=args.max_model_len is not None,
         eos_token_ids=_eos_token_ids(model_dir, hf_config),
-        vocab_size=int(text.get("vocab_size") or 0),
+        vocab_size=whole_number(text, "vocab_size", 0, least=0),
         seed=args.seed,
     )
 
@@ -205,22 +281,59 @@ def has_cuda_device() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and Path("/proc/driver/nvidia/version").exists()
 
 
+# What a number on the command line may be: (at least, at most) where it is whole, (above, at most) where it need not be.
+_WHOLE_RANGES = {
+    "max_model_len": (2, 1 << 30),
+    "seed": (0, (1 << 63) - 1),
+    "max_num_seqs": (1, 1 << 16),
+    "max_num_batched_tokens": (1, 1 << 30),
+    "max_num_encoder_tokens": (1, 1 << 30),
+    "block_size": (1, 1 << 16),
+    "kv_cache_memory_bytes": (1, 1 << 50),
+    "num_gpu_blocks_override": (2, 1 << 40),  # one is the null block, which no request may have
+    "encoder_cache_bytes": (1, 1 << 50),
+    "max_pixels": (1, 1 << 40),
+    "min_pixels": (1, 1 << 40),
+    "preprocess_workers": (1, 1024),
+}
+_NUMBER_RANGES = {
+    "gpu_memory_utilization": (0.0, 1.0),
+    "preprocess_slab_gb": (0.0, float(1 << 20)),
+    "media_fetch_timeout_s": (0.0, 86_400.0),
+}
+
+
+def _check_ranges(args: EngineArgs) -> None:
+    for name, (least, most) in _WHOLE_RANGES.items():
+        value = getattr(args, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
+            raise ConfigError(f"{_flag(name)} must be at least {least} and at most {most}, a whole number; not {value!r}")
+    for name, (above, at_most) in _NUMBER_RANGES.items():
+        value = getattr(args, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value <= at_most):
+            raise ConfigError(f"{_flag(name)} must be above {above:g} and at most {at_most:g}, not {value!r}")
+    if set(args.limit_mm_per_prompt) - {"image"}:
+        unknown = sorted(set(args.limit_mm_per_prompt) - {"image"})
+        raise ConfigError(f"--limit-mm-per-prompt knows only 'image', not {unknown}")
+    most_images = args.limit_mm_per_prompt.get("image", 0)
+    if isinstance(most_images, bool) or not isinstance(most_images, int) or most_images < 0:
+        raise ConfigError(f"--limit-mm-per-prompt must say a whole number of images, at least 0; not {most_images!r}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _given(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value
+
+
 def resolve(args: EngineArgs) -> EngineConfig:
     """Check the user's words and fill in what they left open. Raises ConfigError with what to change."""
+    _check_ranges(args)
     on_cpu = not has_cuda_device()
     model = _resolve_model(args, on_cpu=on_cpu)
-    for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_num_encoder_tokens", "num_gpu_blocks_override"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0.0 < args.gpu_memory_utilization <= 1.0:
-        raise ConfigError("--gpu-memory-utilization must be above 0 and at most 1")
-    unknown = set(args.limit_mm_per_prompt) - {"image"}
-    if unknown:
-        raise ConfigError(f"--limit-mm-per-prompt knows only 'image', not {sorted(unknown)}")
-    max_num_batched_tokens = args.max_num_batched_tokens or (2048 if on_cpu else 8192)
-    if max_num_batched_tokens < args.max_num_seqs and args.max_num_batched_tokens is None:
-        max_num_batched_tokens = args.max_num_seqs
+    max_num_batched_tokens = _given(args.max_num_batched_tokens, max(2048 if on_cpu else 8192, args.max_num_seqs))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return EngineConfig(
         model=model,
@@ -228,7 +341,7 @@ def resolve(args: EngineArgs) -> EngineConfig:
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             policy=args.scheduling_policy,
-            max_num_encoder_tokens=args.max_num_encoder_tokens or max_num_batched_tokens,
+            max_num_encoder_tokens=_given(args.max_num_encoder_tokens, max_num_batched_tokens),
         ),
         cache=CacheConfig(
             block_size=args.block_size,
@@ -240,7 +353,7 @@ def resolve(args: EngineArgs) -> EngineConfig:
             hash_algorithm=args.hash_algorithm,
         ),
         preprocess=PreprocessConfig(
-            num_workers=args.preprocess_workers or max(1, min(8, cores // 2)),
+            num_workers=_given(args.preprocess_workers, max(1, min(8, cores // 2))),
             slab_bytes=None if args.preprocess_slab_gb is None else int(args.preprocess_slab_gb * (1 << 30)),
             min_pixels=args.min_pixels,
             max_pixels=args.max_pixels,

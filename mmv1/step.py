@@ -27,7 +27,6 @@ class NewRequestData(msgspec.Struct, array_like=True):
     num_prompt_tokens: int
     mm_features: list[MMFeature]
     sampling_params: SamplingParams
-    eos_token_ids: tuple[int, ...]
     block_ids: list[int]
     num_computed_tokens: int
 

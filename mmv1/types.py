@@ -22,7 +22,7 @@ class FinishReason(enum.IntEnum):
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """How to choose the next token. Names and meanings are vLLM's; values are validated where they enter (api/ and LLM).
+    """How to choose the next token. Names and meanings are vLLM's; values are checked by `engine.sampling`.
 
     `temperature` 0 is greedy. `top_k` 0 or -1 keeps the whole vocabulary. `logprobs` None: none; k: the sampled token's and
     the k most likely ones' log-probabilities (of the raw logits). `stop` strings are matched by the output processor, on
@@ -67,7 +67,6 @@ class EngineCoreRequest(msgspec.Struct, kw_only=True, frozen=True, omit_defaults
     eos_token_ids: tuple[int, ...] = ()  # empty when ignore_eos
     cache_salt: bytes = b""  # enters the root of the block hashes: different salts never share KV
     priority: int = 0  # lower runs first, under the priority policy
-    arrival_time: float = 0.0  # seconds, time.time() of the API server
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -107,7 +106,11 @@ class ResetCaches(msgspec.Struct, frozen=True, tag="reset"):
     """Forget every unreferenced KV block and embedding (benchmarks and tests)."""
 
 
-EngineCoreInput = EngineCoreRequest | Abort | FeatureReady | FeatureFailed | Ping | ResetCaches
+class SlabShort(msgspec.Struct, frozen=True, tag="slab_short"):
+    """A picture the core asked for has been waiting for room in the slab: what is less urgent is to be given up."""
+
+
+EngineCoreInput = EngineCoreRequest | Abort | FeatureReady | FeatureFailed | SlabShort | Ping | ResetCaches
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -160,10 +163,10 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Pong(msgspec.Struct, frozen=True, array_like=True):
-    """`oldest_step_age_s`: how long the oldest unfinished step has been with the executor; 0 when none is."""
+    """`stalled_s`: how long there have been requests without a step being finished; 0 when there are none."""
 
     ping_id: int
-    oldest_step_age_s: float
+    stalled_s: float
 
 
 class EngineCoreOutputs(msgspec.Struct, kw_only=True, omit_defaults=True, tag="news"):

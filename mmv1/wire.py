@@ -96,6 +96,13 @@ class AsyncSender:
         _open(self._socket, address, bind=bind, high_water_mark=high_water_mark)
         self._encoder = msgspec.msgpack.Encoder()
 
+    def encode(self, message: Any) -> bytes:
+        """A message as `send_frame` takes it. What cannot be encoded raises here, where whoever sends it can be told."""
+        return self._encoder.encode(message)
+
+    async def send_frame(self, frame: bytes) -> None:
+        await self._socket.send(frame)
+
     async def send(self, message: Any, payload: bytes | None = None) -> None:
         frame = self._encoder.encode(message)
         if payload is None:

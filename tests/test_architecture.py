@@ -26,8 +26,9 @@ FLOORS = [
     {"scheduler", "runner"},
     {"encoder_cache"},
     {"preprocess", "kv"},
+    {"digest", "child"},
     {"step", "request", "wire", "config"},
-    {"types", "errors", "log"},
+    {"types", "errors", "log", "host"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 LEAF_IMPORTS = {"models", "errors", "log", "config"}  # all that models/ may import of mmv1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,8 @@ def test_it_travels_as_msgpack(tmp_path: Path) -> None:
         ({"block_size": 0}, "--block-size"),
         ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization"),
         ({"limit_mm_per_prompt": {"video": 1}}, "--limit-mm-per-prompt"),
+        ({"limit_mm_per_prompt": {"image": -1}}, "--limit-mm-per-prompt"),
+        ({"limit_mm_per_prompt": {"image": "4"}}, "--limit-mm-per-prompt"),
     ],
 )
 def test_settings_that_cannot_work_are_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -78,9 +83,39 @@ def test_settings_that_cannot_work_are_named(tmp_path: Path, changes: dict[str, 
         resolve(EngineArgs(model=model_dir(tmp_path, FLAT), **changes))
 
 
+WHOLE = [
+    "max_model_len", "seed", "max_num_seqs", "max_num_batched_tokens", "max_num_encoder_tokens", "block_size",
+    "kv_cache_memory_bytes", "num_gpu_blocks_override", "encoder_cache_bytes", "max_pixels", "min_pixels", "preprocess_workers",
+]  # fmt: skip
+NOT_WHOLE = ["gpu_memory_utilization", "preprocess_slab_gb", "media_fetch_timeout_s"]
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *NOT_WHOLE])
+def test_every_number_has_a_range(tmp_path: Path, name: str) -> None:
+    """0 never means: choose for me; and no number of the command line ends in a traceback."""
+    wrong: list[Any] = [-1, "4", True, 1 << 70, *([1.5] if name in WHOLE else [math.nan, math.inf])]
+    path = model_dir(tmp_path, FLAT)
+    for value in [*wrong, *([] if name == "seed" else [0])]:
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} "):
+            resolve(EngineArgs(model=path, **{name: value}))
+
+
+def test_every_number_was_thought_of() -> None:
+    numbers = {f.name for f in dataclasses.fields(EngineArgs) if re.search(r"\b(int|float)\b", str(f.type))}
+    assert numbers - {"limit_mm_per_prompt"} == {*WHOLE, *NOT_WHOLE}
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
+        ({**FLAT, "max_position_embeddings": "many"}, "max_position_embeddings"),
+        ({**FLAT, "max_position_embeddings": -4}, "max_position_embeddings"),
+        ({**FLAT, "max_position_embeddings": 1 << 60}, "max_position_embeddings"),
+        ({**FLAT, "vocab_size": [1]}, "vocab_size"),
+        ({**FLAT, "vocab_size": True}, "vocab_size"),
+        ({**FLAT, "eos_token_id": "five"}, "eos_token_id"),
+        ({**FLAT, "eos_token_id": [5, None, {}]}, "eos_token_id"),
+        ({**FLAT, "architectures": "One"}, "architectures"),
         ("{", "config.json"),
         ("[1]", "not a JSON object"),
         ({}, "has no config.json"),

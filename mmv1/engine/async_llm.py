@@ -7,10 +7,11 @@ output processor (tokens to text). One request is: prepare, add, read deltas, le
 from __future__ import annotations
 
 import asyncio
-import time
+import itertools
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import msgspec
 from tokenizers import Tokenizer
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from mmv1.config import EngineConfig
 from mmv1.engine.client import EngineClient
 from mmv1.engine.output_processor import CompletionDelta, CompletionOutput, OutputProcessor, RequestOutput
+from mmv1.engine.sampling import check_sampling_params
 from mmv1.errors import ConfigError, ContextLengthError, EngineDeadError, MMV1Error, RequestError
 from mmv1.log import logger
 from mmv1.preprocess.media import ImageSource
@@ -51,6 +53,7 @@ class AsyncLLM:
         self._streams: dict[str, _Stream] = {}
         self._stats = SchedulerStats()
         self._death: str | None = None
+        self._serials = itertools.count()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -108,8 +111,9 @@ class AsyncLLM:
         stream = self._streams[request_id] = _Stream(request_id, sampling_params.n)
         core_ids: list[str] = []
         try:
+            params = check_sampling_params(sampling_params)
             prepared = await self._prepare(request_id, prompt)
-            requests = self._core_requests(request_id, prepared, sampling_params, priority, cache_salt)
+            requests = self._core_requests(request_id, prepared, params, priority, cache_salt)
             self._raise_if_dead()
             for index, request in enumerate(requests):
                 core_ids.append(request.request_id)
@@ -141,7 +145,7 @@ class AsyncLLM:
         if num_prompt == 0:
             raise RequestError("the prompt is empty", code="empty_prompt", param="messages")
         if room < 1 or (params.max_tokens or 1) > room:
-            asked = f" and asks for {params.max_tokens} more" if params.max_tokens else ""
+            asked = "" if params.max_tokens is None else f" and asks for {params.max_tokens} more"
             raise ContextLengthError(
                 f"the model's context is {self.max_model_len} tokens: the prompt, pictures included, has {num_prompt}{asked}"
             )
@@ -154,13 +158,11 @@ class AsyncLLM:
             eos_token_ids=() if params.ignore_eos else self.config.model.eos_token_ids,
             cache_salt=cache_salt.encode(),
             priority=priority,
-            arrival_time=time.time(),
         )
-        if params.n == 1:
-            return [request]
-        replace = msgspec.structs.replace
+        # An id of its own for every admission: late news of an earlier request with the same id cannot reach this one.
+        replace, serial = msgspec.structs.replace, next(self._serials)
         return [
-            replace(request, request_id=f"{request_id}/{index}", sampling_params=_for_answer(params, index))
+            replace(request, request_id=f"{request_id}/{serial}/{index}", sampling_params=_for_answer(params, index))
             for index in range(params.n)
         ]
 
@@ -203,7 +205,8 @@ class AsyncLLM:
 
     async def refresh_stats(self) -> SchedulerStats:
         """The engine's counters as of now."""
-        await self.check_health()
+        self._raise_if_dead()
+        await self._client.ping()
         return self._stats
 
     def reset_caches(self) -> None:
@@ -213,6 +216,8 @@ class AsyncLLM:
 
 def _for_answer(params: SamplingParams, index: int) -> SamplingParams:
     """The parameters of one of n answers: a seed gives n different, reproducible ones."""
+    if params.n == 1:
+        return params
     return msgspec.structs.replace(params, n=1, seed=None if params.seed is None else params.seed + index)
 
 
@@ -247,28 +252,27 @@ class _Stream:
             raise self._error
         if self._error is not None:
             self._event.set()
-        merged: dict[int, CompletionOutput] = {}
+        by_answer: dict[int, list[CompletionOutput]] = {}
         for delta in deltas:
-            output = delta.output
-            self._num_open -= output.finish_reason is not None
-            known = merged.setdefault(output.index, output)
-            if known is not output:
-                append_output(known, output)
+            by_answer.setdefault(delta.output.index, []).append(delta.output)
+            self._num_open -= delta.output.finish_reason is not None
         self.finished = self._num_open == 0
-        return RequestOutput(
-            self._request_id,
-            list(merged.values()),
-            deltas[0].num_prompt_tokens,
-            max(delta.num_cached_tokens for delta in deltas),
-            self.finished,
-        )
+        # Of n answers the later ones find the first one's fresh blocks: only the first says what was there before.
+        num_cached_tokens = max((delta.num_cached_tokens for delta in deltas if delta.output.index == 0), default=0)
+        outputs = [merge_outputs(parts) for parts in by_answer.values()]
+        return RequestOutput(self._request_id, outputs, deltas[0].num_prompt_tokens, num_cached_tokens, self.finished)
 
 
-def append_output(known: CompletionOutput, more: CompletionOutput) -> None:
-    """Add a later delta of the same answer to an earlier one."""
-    known.text += more.text
-    known.token_ids = known.token_ids + more.token_ids
-    if more.logprobs is not None:
-        known.logprobs = (known.logprobs or []) + more.logprobs
-    if more.finish_reason is not None:
-        known.finish_reason, known.stop_reason = more.finish_reason, more.stop_reason
+def merge_outputs(parts: Sequence[CompletionOutput]) -> CompletionOutput:
+    """Successive deltas of one answer as one."""
+    if len(parts) == 1:
+        return parts[0]
+    with_logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    return CompletionOutput(
+        parts[0].index,
+        "".join(part.text for part in parts),
+        list(chain.from_iterable(part.token_ids for part in parts)),
+        list(chain.from_iterable(with_logprobs)) if with_logprobs else None,
+        parts[-1].finish_reason,
+        parts[-1].stop_reason,
+    )

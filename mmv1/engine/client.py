@@ -16,7 +16,9 @@ from mmv1.types import EngineCoreInput, EngineCoreMessage, EngineCoreOutputs, En
 from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
 
 _PING_TIMEOUT_S = 2.0
-_MAX_STEP_AGE_S = 60.0  # a step that takes longer hangs
+# Requests that stand still for longer are stuck. A long prompt of a large model takes minutes on a CPU.
+_MAX_STALL_S = {"cpu": 900.0}
+_MAX_STALL_ELSEWHERE_S = 60.0
 
 
 class EngineClient:
@@ -33,7 +35,8 @@ class EngineClient:
         self._ready: asyncio.Future[EngineReady] | None = None
         self._pings: dict[int, asyncio.Future[Pong]] = {}
         self._ping_ids = itertools.count(1)
-        self._outbox: asyncio.Queue[EngineCoreInput] = asyncio.Queue()
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._max_stall_s = _MAX_STALL_ELSEWHERE_S
         self.death: str | None = None
 
     async def start(self, config: EngineConfig, slab_fd: int) -> EngineReady:
@@ -53,6 +56,7 @@ class EngineClient:
         ready = await self._ready
         if ready.error is not None:
             raise ConfigError(ready.error)
+        self._max_stall_s = _MAX_STALL_S.get(ready.device, _MAX_STALL_ELSEWHERE_S)
         return ready
 
     @property
@@ -61,23 +65,28 @@ class EngineClient:
 
     def send(self, message: EngineCoreInput) -> None:
         """Queue a message for the core; messages arrive in this order."""
-        self._outbox.put_nowait(message)
+        assert self._sender is not None
+        self._outbox.put_nowait(self._sender.encode(message))
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError unless the step loop answers now and no step hangs."""
+        """Raises EngineDeadError unless the step loop answers now and its requests move on."""
+        stalled_s = (await self.ping()).stalled_s
+        if stalled_s > self._max_stall_s:
+            raise EngineDeadError(f"the engine has not finished a step for {stalled_s:.0f} s")
+
+    async def ping(self) -> Pong:
+        """The step loop's answer, which comes with its newest counters. Raises EngineDeadError."""
         if self.death is not None:
             raise EngineDeadError(self.death)
         ping_id = next(self._ping_ids)
         answer = self._pings[ping_id] = asyncio.get_running_loop().create_future()
         self.send(Ping(ping_id))
         try:
-            pong = await asyncio.wait_for(answer, _PING_TIMEOUT_S)
+            return await asyncio.wait_for(answer, _PING_TIMEOUT_S)
         except TimeoutError:
             raise EngineDeadError("the engine's step loop does not answer") from None
         finally:
             del self._pings[ping_id]
-        if pong.oldest_step_age_s > _MAX_STEP_AGE_S:
-            raise EngineDeadError(f"a step has been running for {pong.oldest_step_age_s:.0f} s")
 
     async def close(self) -> None:
         """Stop the engine; whatever it was doing is dropped."""
@@ -92,8 +101,12 @@ class EngineClient:
             shutil.rmtree(self._socket_dir, ignore_errors=True)
 
     async def _send(self, sender: AsyncSender) -> None:
-        while True:
-            await sender.send(await self._outbox.get())
+        try:
+            while True:
+                await sender.send_frame(await self._outbox.get())
+        except Exception:
+            logger.exception("Writing to the engine failed")
+            self._die("the engine cannot be written to")
 
     async def _receive(self, receiver: AsyncReceiver[EngineCoreMessage]) -> None:
         try:
@@ -106,8 +119,6 @@ class EngineClient:
                         self._settle_ready(message)
                     case EngineDead():
                         self._die(message.reason)
-        except asyncio.CancelledError:
-            raise
         except Exception:
             logger.exception("Reading from the engine failed")
             self._die("the engine's messages cannot be read")

@@ -26,6 +26,7 @@ from mmv1.types import (
     Ping,
     Pong,
     ResetCaches,
+    SlabShort,
 )
 
 _STEP_DONE = object()
@@ -48,7 +49,8 @@ class EngineCore:
         self._publish = publish
         self._max_steps_in_flight = max_steps_in_flight
         self._events: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._in_flight: deque[tuple[SchedulerOutput, Future[ModelRunnerOutput], float]] = deque()
+        self._in_flight: deque[tuple[SchedulerOutput, Future[ModelRunnerOutput]]] = deque()
+        self._progress_at = time.monotonic()  # when a step was last finished, or the first request came
         self._outbox = EngineCoreOutputs()
         self._stopping = False
 
@@ -60,6 +62,10 @@ class EngineCore:
     def stop(self) -> None:
         """Make `run` return after the steps in flight."""
         self._events.put(_STOP)
+
+    def fail(self, error: Exception) -> None:
+        """Make `run` raise this: something it depends on has ended."""
+        self._events.put(error)
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
 
@@ -77,7 +83,8 @@ class EngineCore:
             self._tell()  # nothing may be left untold while waiting
         self._take_events(wait=not may_launch_more)
         while self._in_flight and self._in_flight[0][1].done():
-            step, future, _ = self._in_flight.popleft()
+            step, future = self._in_flight.popleft()
+            self._progress_at = time.monotonic()
             self._outbox.outputs += self.scheduler.update(step, future.result())
         self._outbox.outputs += self.scheduler.take_failed()
         self._collect_pixel_messages()
@@ -91,7 +98,7 @@ class EngineCore:
         if step is None:
             return False
         future = self._executor.submit(step)
-        self._in_flight.append((step, future, time.monotonic()))
+        self._in_flight.append((step, future))
         future.add_done_callback(lambda _: self._events.put(_STEP_DONE))
         return len(self._in_flight) < self._max_steps_in_flight
 
@@ -108,6 +115,8 @@ class EngineCore:
         scheduler = self.scheduler
         match event:
             case EngineCoreRequest():
+                if not scheduler.has_requests:
+                    self._progress_at = time.monotonic()
                 scheduler.add_request(event)
             case FeatureReady():
                 scheduler.pixels_ready(event)
@@ -116,11 +125,15 @@ class EngineCore:
                 self._outbox.stats = scheduler.snapshot()  # gauges have fallen, and perhaps nothing else is left to tell
             case FeatureFailed():
                 scheduler.pixels_failed(event)
+            case SlabShort():
+                scheduler.slab_short()
             case Ping():
-                oldest_step_age_s = time.monotonic() - self._in_flight[0][2] if self._in_flight else 0.0
-                self._outbox.pong = Pong(event.ping_id, oldest_step_age_s)
+                stalled_s = time.monotonic() - self._progress_at if scheduler.has_requests else 0.0
+                self._outbox.pong = Pong(event.ping_id, stalled_s)
             case ResetCaches():
                 scheduler.reset_caches()
+            case Exception():
+                raise event
             case _ if event is _STOP:
                 self._stopping = True
                 scheduler.abort(list(scheduler.requests))

@@ -51,17 +51,22 @@ def lay_out_memory(config: EngineConfig, worker: Worker, max_image_tokens: int) 
     block_bytes = spec.bytes_per_token() * cache.block_size
     bytes_per_token = worker.get_embedding_bytes_per_token()
     largest_image_bytes = (max_image_tokens + 16) * bytes_per_token
-    available = worker.determine_memory()
     encoder_bytes = cache.encoder_cache_bytes
+    available = worker.determine_memory(2 * largest_image_bytes if encoder_bytes is None else encoder_bytes)
     if encoder_bytes is None:
         encoder_bytes = max(2 * largest_image_bytes, min(_MAX_ENCODER_CACHE_BYTES, available // _ENCODER_CACHE_SHARE))
+    elif encoder_bytes >= available:
+        raise ConfigError(
+            f"the encoder cache ({encoder_bytes} bytes) leaves nothing of the {max(0, available)} bytes there are for caches: "
+            "lower --encoder-cache-bytes"
+        )
     if encoder_bytes < largest_image_bytes:
         raise ConfigError(
             f"the encoder cache ({encoder_bytes} bytes) cannot hold one picture of the largest size ({max_image_tokens} tokens, "
             f"{largest_image_bytes} bytes): raise --encoder-cache-bytes or lower --max-pixels"
         )
-    kv_bytes = cache.kv_cache_memory_bytes or available - encoder_bytes
-    num_blocks = cache.num_gpu_blocks_override or kv_bytes // block_bytes
+    kv_bytes = available - encoder_bytes if cache.kv_cache_memory_bytes is None else cache.kv_cache_memory_bytes
+    num_blocks = kv_bytes // block_bytes if cache.num_gpu_blocks_override is None else cache.num_gpu_blocks_override
     capacity = (num_blocks - 1) * cache.block_size
     max_model_len = model.max_model_len
     if capacity < max_model_len:
@@ -133,16 +138,23 @@ def _end_with_parent(cores: list[EngineCore], socket_dir: str) -> None:
 
 
 def _receive(address: str, core: EngineCore) -> None:
-    receiver: Receiver[EngineCoreInput] = Receiver(address, EngineCoreInput)
-    while (message := receiver.recv()) is not None:
-        core.post(message)
+    try:
+        receiver: Receiver[EngineCoreInput] = Receiver(address, EngineCoreInput)
+        while (message := receiver.recv()) is not None:
+            core.post(message)
+    except Exception as error:  # a core that hears nothing must not live on
+        core.fail(error)
 
 
 def _send(address: str, output: queue.SimpleQueue[EngineCoreMessage | None]) -> None:
-    sender = Sender(address)
-    while (message := output.get()) is not None:
-        sender.send(message)
-    sender.close(linger_s=2.0)
+    try:
+        sender = Sender(address)
+        while (message := output.get()) is not None:
+            sender.send(message)
+        sender.close(linger_s=2.0)
+    except Exception:  # nor one that cannot speak: its end says what it cannot
+        logger.exception("The engine's output thread failed")
+        os._exit(1)
 
 
 def main() -> int:

@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import hashlib
 import threading
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 from PIL import Image
 
 from mmv1.config import EngineArgs, resolve
-from mmv1.engine.async_llm import AsyncLLM, Prompt, RawPrompt, append_output
+from mmv1.engine.async_llm import AsyncLLM, Prompt, RawPrompt, merge_outputs
 from mmv1.engine.output_processor import CompletionOutput, RequestOutput
 from mmv1.errors import MMV1Error, RequestError
 from mmv1.preprocess.media import ImageSource
@@ -45,6 +47,8 @@ class LLM:
         """Starts the engine. Raises ConfigError, EngineDeadError."""
         config = resolve(EngineArgs(model=str(model), **engine_args))
         self._max_open = 2 * config.scheduler.max_num_seqs
+        self._seed = config.model.seed
+        self._num_prompts = 0
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="mmv1-llm", daemon=True)
         thread.start()
@@ -87,7 +91,16 @@ class LLM:
             params = list(sampling_params)
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling params for {len(prompts)} prompts")
-        return self._run(_answer_all(self._engine, prompts, params, self._max_open))
+        seeded = [self._with_seed(each) for each in params]
+        return self._run(_answer_all(self._engine, prompts, seeded, self._max_open))
+
+    def _with_seed(self, params: SamplingParams) -> SamplingParams:
+        """The same script gives the same answers: a request without a seed gets one from the engine's and its own number."""
+        self._num_prompts += 1
+        if params.seed is not None:
+            return params
+        digest = hashlib.blake2b(f"{self._seed}/{self._num_prompts}".encode(), digest_size=8).digest()
+        return msgspec.structs.replace(params, seed=int.from_bytes(digest, "little") >> 1)
 
     def stats(self) -> SchedulerStats:
         """The engine's counters as of now."""
@@ -157,19 +170,17 @@ async def _answer_all(
 
 
 async def _complete(engine: AsyncLLM, prompt: Prompt, sampling_params: SamplingParams) -> RequestOutput:
-    answers: dict[int, CompletionOutput] = {}
+    parts: dict[int, list[CompletionOutput]] = {}
     last: RequestOutput | None = None
     num_cached_tokens = 0
     async for last in engine.generate(prompt, sampling_params):
         num_cached_tokens = max(num_cached_tokens, last.num_cached_tokens)
         for output in last.outputs:
-            known = answers.setdefault(output.index, output)
-            if known is not output:
-                append_output(known, output)
+            parts.setdefault(output.index, []).append(output)
     assert last is not None
     return RequestOutput(
         last.request_id,
-        [answers[index] for index in sorted(answers)],
+        [merge_outputs(parts[index]) for index in sorted(parts)],
         last.num_prompt_tokens,
         num_cached_tokens,
         finished=True,

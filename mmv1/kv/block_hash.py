@@ -11,29 +11,16 @@ The scheme is vLLM V1's (block hashes with multimodal extra keys), with the offs
 from __future__ import annotations
 
 import array
-import hashlib
 import secrets
 import struct
-from collections.abc import Callable, Sequence
-
-import xxhash
-from blake3 import blake3
+from collections.abc import Sequence
 
 from mmv1.config import HashAlgorithm
+from mmv1.digest import KEY_BYTES, keyed_digest
 from mmv1.request import Request
 from mmv1.types import MMFeature
 
 _PICTURE = struct.Struct("<32sq")  # mm_hash, offset of the picture's first token relative to the block's first
-
-
-def make_hash_function(algorithm: HashAlgorithm, key: bytes) -> Callable[[bytes], bytes]:
-    """bytes -> 32-byte digest, keyed. `key` is 32 bytes. xxh3 is not collision-resistant: one trusted tenant only."""
-    if algorithm == "blake3":
-        return lambda data: blake3(data, key=key).digest()
-    if algorithm == "sha256":
-        return lambda data: hashlib.sha256(key + data).digest()
-    seed_low, seed_high = struct.unpack_from("<QQ", key)
-    return lambda data: xxhash.xxh3_128_digest(data, seed=seed_low) + xxhash.xxh3_128_digest(data, seed=seed_high)
 
 
 class BlockHasher:
@@ -41,7 +28,7 @@ class BlockHasher:
 
     def __init__(self, block_size: int, algorithm: HashAlgorithm = "blake3", key: bytes | None = None) -> None:
         self.block_size = block_size
-        self._digest = make_hash_function(algorithm, key or secrets.token_bytes(32))
+        self._digest = keyed_digest(algorithm, key or secrets.token_bytes(KEY_BYTES))
 
     def extend(self, request: Request, num_blocks: int) -> None:
         """Make sure the first `num_blocks` blocks have their hashes. All their tokens must be confirmed."""

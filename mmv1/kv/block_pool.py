@@ -135,7 +135,7 @@ class BlockPool:
                 block.block_hash = None
 
     def check_integrity(self) -> None:
-        """Raise if the ledger contradicts itself (tests; and the engine when it is idle)."""
+        """Raise if the ledger contradicts itself (tests)."""
         free = list(self._free)
         referenced = [block for block in self.blocks if block.ref_count > 0]
         if len(free) != self._free.size or len({block.block_id for block in free}) != len(free):

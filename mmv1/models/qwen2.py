@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmv1.config import positive_number, section, whole_number, whole_numbers
 from mmv1.errors import ConfigError
 from mmv1.models.interface import StepAttention
 from mmv1.models.layers.attention import SelfAttention
@@ -39,25 +40,29 @@ class Qwen2Config:
             raise ConfigError("use_sliding_window is set in config.json, and sliding windows are not supported for this model")
         if text.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"hidden_act '{text['hidden_act']}' is not supported for this model, only 'silu'")
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        rope = section(text, "rope_parameters") or section(text, "rope_scaling")
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         if rope_type not in ("default", "mrope"):
             raise ConfigError(f"rope type '{rope_type}' is not supported for this model, only 'default' and 'mrope'")
-        num_heads = int(text["num_attention_heads"])
-        head_dim = int(text.get("head_dim") or text["hidden_size"] // num_heads)
-        sections = tuple(int(size) for size in rope.get("mrope_section") or (16, 24, 24))
+        num_heads = whole_number(text, "num_attention_heads")
+        num_kv_heads = whole_number(text, "num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            raise ConfigError(f"num_attention_heads {num_heads} of config.json is no multiple of its num_key_value_heads")
+        hidden_size = whole_number(text, "hidden_size")
+        head_dim = whole_number(text, "head_dim", hidden_size // num_heads)
+        sections = whole_numbers(rope, "mrope_section", (16, 24, 24))
         if 2 * sum(sections) != head_dim:
             raise ConfigError(f"mrope_section {list(sections)} of config.json does not add up to half of head_dim {head_dim}")
         return cls(
-            vocab_size=int(text["vocab_size"]),
-            hidden_size=int(text["hidden_size"]),
-            intermediate_size=int(text["intermediate_size"]),
-            num_layers=int(text["num_hidden_layers"]),
+            vocab_size=whole_number(text, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=whole_number(text, "intermediate_size"),
+            num_layers=whole_number(text, "num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=int(text.get("num_key_value_heads") or num_heads),
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=float(text.get("rms_norm_eps", 1e-5)),
-            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1_000_000.0),
+            rms_norm_eps=positive_number(text, "rms_norm_eps", 1e-5),
+            rope_theta=positive_number(rope, "rope_theta", positive_number(text, "rope_theta", 1_000_000.0)),
             mrope_section=sections,
         )
 

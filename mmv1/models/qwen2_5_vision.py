@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmv1.config import Normalization, positive_number, section, whole_number, whole_numbers
 from mmv1.errors import ConfigError
 from mmv1.models.interface import GridTHW, VarlenAttention
 from mmv1.models.layers.linear import Linear, empty_parameter
@@ -49,33 +50,31 @@ class VisionConfig:
         """`vision`: config.json's vision_config, whose names are the same in both dialects but for the rope's."""
         if vision.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"the vision tower's hidden_act '{vision['hidden_act']}' is not supported, only 'silu'")
-        return cls(
-            depth=int(vision["depth"]),
-            hidden_size=int(vision["hidden_size"]),
-            intermediate_size=int(vision["intermediate_size"]),
-            num_heads=int(vision["num_heads"]),
-            out_hidden_size=int(vision["out_hidden_size"]),
-            in_channels=int(vision.get("in_channels") or vision.get("in_chans") or 3),
-            patch_size=int(vision["patch_size"]),
-            temporal_patch_size=int(vision.get("temporal_patch_size", 2)),
-            spatial_merge_size=int(vision.get("spatial_merge_size", 2)),
-            window_size=int(vision["window_size"]),
-            fullatt_block_indexes=frozenset(vision["fullatt_block_indexes"]),
-            rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta", 10_000.0)),
+        config = cls(
+            depth=whole_number(vision, "depth"),
+            hidden_size=whole_number(vision, "hidden_size"),
+            intermediate_size=whole_number(vision, "intermediate_size"),
+            num_heads=whole_number(vision, "num_heads"),
+            out_hidden_size=whole_number(vision, "out_hidden_size"),
+            in_channels=whole_number(vision, "in_channels", whole_number(vision, "in_chans", 3)),
+            patch_size=whole_number(vision, "patch_size"),
+            temporal_patch_size=whole_number(vision, "temporal_patch_size", 2),
+            spatial_merge_size=whole_number(vision, "spatial_merge_size", 2),
+            window_size=whole_number(vision, "window_size"),
+            fullatt_block_indexes=frozenset(whole_numbers(vision, "fullatt_block_indexes")),
+            rope_theta=positive_number(section(vision, "rope_parameters"), "rope_theta", 10_000.0),
         )
+        if config.hidden_size % (4 * config.num_heads):
+            raise ConfigError(f"config.json: a head of the vision tower must have a multiple of 4 numbers: {config.hidden_size} "
+                              f"for {config.num_heads} heads")
+        if config.window_size < config.patch_size * config.spatial_merge_size:
+            raise ConfigError(f"config.json: window_size {config.window_size} is smaller than a picture token")
+        return config
 
     @property
     def patch_numbers(self) -> int:
         """Numbers (bytes, as uint8) in one frame of one patch: channel, row, column."""
         return self.in_channels * self.patch_size**2
-
-
-class PixelScale(NamedTuple):
-    """What the image processor does to a pixel: (x * rescale_factor - mean) / std, by channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    rescale_factor: float
 
 
 class PatchEmbed(nn.Module):
@@ -85,7 +84,7 @@ class PatchEmbed(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, config: VisionConfig, scale: PixelScale) -> None:
+    def __init__(self, config: VisionConfig, scale: Normalization) -> None:
         super().__init__()
         self._kernel = (config.hidden_size, config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
         self.weight = empty_parameter(config.hidden_size, config.patch_numbers)
@@ -163,7 +162,7 @@ class GridTables(NamedTuple):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, config: VisionConfig, scale: PixelScale) -> None:
+    def __init__(self, config: VisionConfig, scale: Normalization) -> None:
         super().__init__()
         self._config = config
         self.patch_embed = PatchEmbed(config, scale)

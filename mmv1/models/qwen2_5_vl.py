@@ -10,16 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmv1.config import read_json, text_config
+from mmv1.config import Normalization, image_normalization, read_image_processor_config, section, text_config
 from mmv1.errors import ConfigError
 from mmv1.models.interface import AttentionLayerSpec, GridTHW, ImageSpan, StepAttention, VarlenAttention
 from mmv1.models.layers.embedding import LMHead
 from mmv1.models.qwen2 import Qwen2Config, Qwen2Model
-from mmv1.models.qwen2_5_vision import PixelScale, VisionConfig, VisionTower
-
-# What the family's processor uses when its file does not say (the numbers of CLIP, Radford et al., 2021).
-_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+from mmv1.models.qwen2_5_vision import VisionConfig, VisionTower
 
 # Where checkpoints keep a part: the layout on the hub, then that of transformers 5's own modules.
 _CHECKPOINT_PREFIXES = {"visual.": "model.visual.", "model.": "model.language_model."}
@@ -30,7 +26,7 @@ class Qwen2_5_VL(nn.Module):
 
     num_position_axes = 3
 
-    def __init__(self, text: Qwen2Config, vision: VisionConfig, scale: PixelScale, *, tie_word_embeddings: bool) -> None:
+    def __init__(self, text: Qwen2Config, vision: VisionConfig, scale: Normalization, *, tie_word_embeddings: bool) -> None:
         super().__init__()
         if vision.out_hidden_size != text.hidden_size:
             raise ConfigError("config.json: the vision tower's out_hidden_size is not the language model's hidden_size")
@@ -51,12 +47,11 @@ class Qwen2_5_VL(nn.Module):
     def from_model_dir(cls, hf_config: Mapping[str, Any], model_dir: Path) -> Qwen2_5_VL:
         """Modules with memory for their weights, not yet filled. Raises ConfigError."""
         text = text_config(dict(hf_config))
-        try:
-            text_part, vision_part = Qwen2Config.from_hf(text), VisionConfig.from_hf(hf_config["vision_config"])
-        except KeyError as error:
-            raise ConfigError(f"config.json does not say {error.args[0]}") from error
+        text_part, vision_part = Qwen2Config.from_hf(text), VisionConfig.from_hf(section(hf_config, "vision_config"))
+        # Either place may say it: transformers 4 wrote it into text_config, 5 writes it outside and reads both.
         tied = bool(hf_config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-        return cls(text_part, vision_part, _read_pixel_scale(model_dir), tie_word_embeddings=tied)
+        scale = image_normalization(read_image_processor_config(model_dir))
+        return cls(text_part, vision_part, scale, tie_word_embeddings=tied)
 
     def checkpoint_names(self, name: str) -> tuple[str, ...]:
         for prefix, other in _CHECKPOINT_PREFIXES.items():
@@ -96,14 +91,3 @@ class Qwen2_5_VL(nn.Module):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)
-
-
-def _read_pixel_scale(model_dir: Path) -> PixelScale:
-    """From preprocessor_config.json, or from where newer checkpoints keep it: image_processor of processor_config.json."""
-    found = read_json(model_dir / "preprocessor_config.json")
-    found = found or read_json(model_dir / "processor_config.json").get("image_processor") or {}
-    return PixelScale(
-        mean=tuple(found.get("image_mean") or _IMAGE_MEAN),
-        std=tuple(found.get("image_std") or _IMAGE_STD),
-        rescale_factor=float(found.get("rescale_factor") or 1 / 255),
-    )

@@ -104,7 +104,11 @@ def load_weights(model: CheckpointModel, model_dir: Path) -> None:
             if name is not None:
                 unused.discard(name)
             if piece.target.data_ptr() in filled:
-                continue
+                if name is None or _holds(piece, checkpoint, name):
+                    continue
+                # As transformers does: what is stored counts for more than a flag in config.json.
+                logger.warning("'%s' of the checkpoint has values of its own: it is not tied, though config.json says so", name)
+                piece = piece._replace(target=_untied(module, piece.target))
             if name is None:
                 raise ConfigError(f"the checkpoint has no tensor '{candidates[0]}'")
             _fill(piece, checkpoint, name)
@@ -112,6 +116,22 @@ def load_weights(model: CheckpointModel, model_dir: Path) -> None:
     unused = {name for name in unused if not name.endswith("inv_freq")}
     if unused:
         logger.warning("%d tensors of the checkpoint are not used, such as '%s'", len(unused), min(unused))
+
+
+def _holds(piece: Piece, checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the parameter, filled before, has the very values of this tensor."""
+    tensor = checkpoint.tensor(name).to(piece.target)
+    return torch.equal(piece.target, tensor if piece.transform is None else piece.transform(tensor))
+
+
+def _untied(module: nn.Module, shared: torch.Tensor) -> torch.Tensor:
+    """Give `module` a parameter of its own in the place of the shared one."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.data_ptr() == shared.data_ptr():
+            own = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+            setattr(module, name, own)
+            return own
+    raise ConfigError("the checkpoint stores a tied part of the model with values of its own, which this part cannot have")
 
 
 @torch.no_grad()

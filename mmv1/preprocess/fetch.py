@@ -12,6 +12,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 import pybase64
@@ -19,6 +20,7 @@ import pybase64
 from mmv1.errors import ImageError
 from mmv1.preprocess.media import ImageLimits
 
+_MAX_CONCURRENT_FETCHES = 64
 _MAX_REDIRECTS = 5
 _MAX_URL_LENGTH = 8192
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
@@ -64,8 +66,8 @@ async def _resolve(host: str, port: int) -> Sequence[str]:
 
 
 class ImageFetcher:
-    """Downloads pictures. `allowed_domains`: when not empty, only these hosts, by exact name. `timeout_s` is for one picture,
-    redirects and all."""
+    """Downloads pictures, so many at once. `allowed_domains`: when not empty, only these hosts, by exact name. `timeout_s` is
+    for one picture, redirects and the wait for its turn included: hosts that hang cannot hold up others for longer."""
 
     def __init__(
         self, *, limits: ImageLimits, allowed_domains: Sequence[str] = (), timeout_s: float = 10.0, resolve: Resolve = _resolve
@@ -74,6 +76,7 @@ class ImageFetcher:
         self._allowed = frozenset(_normal(domain) for domain in allowed_domains)
         self._timeout_s = timeout_s
         self._resolve = resolve
+        self._turns = asyncio.Semaphore(_MAX_CONCURRENT_FETCHES)
         self._client: httpx.AsyncClient | None = None
         self.num_fetches = 0
         self.fetched_bytes = 0
@@ -85,7 +88,7 @@ class ImageFetcher:
         self._check_host(target)
         self.num_fetches += 1
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s), self._turns:
                 body = await self._follow(target)
         except (TimeoutError, httpx.TimeoutException):
             message = f"the image could not be downloaded within {self._timeout_s:g} seconds"
@@ -135,7 +138,10 @@ class ImageFetcher:
         if self._client is None:  # no connection is kept: one dialled by address must not be reused under another name
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             timeout = httpx.Timeout(None, connect=self._timeout_s / 2)  # a dead first address leaves time for the next
-            self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=timeout, limits=limits)
+            no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))  # one user's must not be sent for another
+            self._client = httpx.AsyncClient(
+                trust_env=False, follow_redirects=False, timeout=timeout, limits=limits, cookies=no_cookies
+            )
         headers = {**_HEADERS, "Host": target.netloc.decode("ascii")}
         extensions = {"sni_hostname": target.raw_host.decode("ascii")} if target.scheme == "https" else {}
         async with self._client.stream("GET", target.copy_with(host=address), headers=headers, extensions=extensions) as response:

@@ -11,7 +11,14 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from mmv1.config import ModelConfig, read_json, text_config
+from mmv1.config import (
+    ModelConfig,
+    image_normalization,
+    read_image_processor_config,
+    section,
+    text_config,
+    whole_number,
+)
 from mmv1.errors import ConfigError, ImageError
 from mmv1.preprocess.media import MAX_ASPECT_RATIO
 
@@ -33,14 +40,14 @@ class ImagePlace(NamedTuple):
 
 
 class Qwen2VLLayout:
-    """Qwen2-VL and Qwen2.5-VL: patches of 14 x 14 pixels, 2 x 2 of them to a token, any size within the pixel limits.
+    """Qwen2.5-VL: patches of 14 x 14 pixels, 2 x 2 of them to a token, any size within the pixel limits.
 
     In the slab a picture is uint8 [num_patches, 3 * patch_size**2], one temporal frame (the second is a copy), rows in
     windows of merge_size x merge_size patches, channel first inside a row.
     """
 
-    architectures: ClassVar = ("Qwen2_5_VLForConditionalGeneration", "Qwen2VLForConditionalGeneration")
-    model_types: ClassVar = ("qwen2_5_vl", "qwen2_vl")
+    architectures: ClassVar = ("Qwen2_5_VLForConditionalGeneration",)
+    model_types: ClassVar = ("qwen2_5_vl",)
 
     def __init__(
         self,
@@ -51,30 +58,28 @@ class Qwen2VLLayout:
         max_pixels: int | None = None,
     ) -> None:
         """`processor_config`: preprocessor_config.json; `min_pixels` and `max_pixels` override it. Raises ConfigError."""
-        size = processor_config.get("size") or {}
-        get = processor_config.get
-        self.min_pixels = int(min_pixels or get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 56 * 56)
-        self.max_pixels = int(
-            max_pixels or get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 28 * 28 * 1280
-        )
-        self.patch_size = int(get("patch_size", 14))
-        self.merge_size = int(get("merge_size", 2))
-        self.temporal_patch_size = int(get("temporal_patch_size", 2))
-        self.rescale_factor = float(get("rescale_factor", 1 / 255))
-        self.image_mean: list[float] = list(get("image_mean") or (0.48145466, 0.4578275, 0.40821073))
-        self.image_std: list[float] = list(get("image_std") or (0.26862954, 0.26130258, 0.27577711))
-        self.resample = _resample(get("resample", 3))
-        if not all(get(step, True) for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")):
+        size = section(processor_config, "size")
+        limits = {  # the user's word before the file's, and the file's newer names before its older ones
+            "min_pixels": (min_pixels, processor_config.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels")),
+            "max_pixels": (max_pixels, processor_config.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")),
+        }
+        said = {name: next((value for value in values if value is not None), None) for name, values in limits.items()}
+        self.min_pixels = whole_number(said, "min_pixels", 56 * 56)
+        self.max_pixels = whole_number(said, "max_pixels", 28 * 28 * 1280)
+        self.patch_size = whole_number(processor_config, "patch_size", 14)
+        self.merge_size = whole_number(processor_config, "merge_size", 2)
+        self.temporal_patch_size = whole_number(processor_config, "temporal_patch_size", 2)
+        self.image_mean, self.image_std, self.rescale_factor = image_normalization(processor_config)
+        self.resample = _resample(processor_config.get("resample", 3))
+        if not all(processor_config.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")):
             raise ConfigError("preprocessor_config.json leaves out a step (do_resize, do_rescale, ...): not supported")
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise ConfigError(f"min_pixels ({self.min_pixels}) must be at least 1 and at most max_pixels ({self.max_pixels})")
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(f"min_pixels ({self.min_pixels}) must be at most max_pixels ({self.max_pixels})")
         self.factor = self.patch_size * self.merge_size
         self.row_bytes = _NUM_CHANNELS * self.patch_size**2
         ids = text_config(hf_config)
-        self.image_token_id = _token_id(ids, "image_token_id")
-        self.video_token_id = _token_id(ids, "video_token_id")
-        self.vision_start_token_id = _token_id(ids, "vision_start_token_id")
-        self.vision_end_token_id = _token_id(ids, "vision_end_token_id")
+        self.image_token_id = whole_number(ids, "image_token_id", least=0)
+        self.video_token_id = whole_number(ids, "video_token_id", least=0)
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """The size a picture of height x width is resized to: multiples of `factor` within the pixel limits, nearly in
@@ -140,15 +145,10 @@ def load_layout(model: ModelConfig, *, min_pixels: int | None = None, max_pixels
     model_type = model.hf_config.get("model_type")
     for layout in LAYOUTS:
         if model.architecture in layout.architectures or model_type in layout.model_types:
-            return layout(_processor_config(Path(model.path)), model.hf_config, min_pixels=min_pixels, max_pixels=max_pixels)
+            processor = read_image_processor_config(Path(model.path))
+            return layout(processor, model.hf_config, min_pixels=min_pixels, max_pixels=max_pixels)
     known = ", ".join(name for layout in LAYOUTS for name in layout.architectures)
     raise ConfigError(f"pictures for the architecture '{model.architecture}' are not supported; supported: {known}")
-
-
-def _processor_config(model_dir: Path) -> dict[str, Any]:
-    """The image processor's settings: nested in processor_config.json where newer files put them, else their own file."""
-    nested = read_json(model_dir / "processor_config.json").get("image_processor")
-    return nested if isinstance(nested, dict) else read_json(model_dir / "preprocessor_config.json")
 
 
 def _resample(number: Any) -> Resample:
@@ -157,10 +157,3 @@ def _resample(number: Any) -> Resample:
     except (KeyError, TypeError, ValueError):
         message = f"resample {number!r} in preprocessor_config.json is not supported: 2 (bilinear) or 3 (bicubic)"
         raise ConfigError(message) from None
-
-
-def _token_id(ids: dict[str, Any], name: str) -> int:
-    value = ids.get(name)
-    if not isinstance(value, int):
-        raise ConfigError(f"config.json does not say {name}")
-    return value

@@ -11,14 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmv1.errors import EngineError, ImageError
+from mmv1.log import logger
 from mmv1.preprocess.layout import ImagePlace
 from mmv1.preprocess.media import EncodedImage
 from mmv1.preprocess.pool import PreprocessPool
 from mmv1.preprocess.pool_messages import DecodeJob
 from mmv1.preprocess.slab import SlabLedger
-from mmv1.types import FeatureFailed, FeatureReady, PixelRequest
+from mmv1.types import FeatureFailed, FeatureReady, PixelRequest, SlabShort
 
-SendFeature = Callable[[FeatureReady | FeatureFailed], None]
+SendFeature = Callable[[FeatureReady | FeatureFailed | SlabShort], None]
+
+_PATIENCE_S = 0.2  # a picture waits so long for room in the slab before the core is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class PixelService:
         self._held: dict[bytes, tuple[int, int]] = {}  # mm_hash -> (offset, nbytes)
         self._jobs: dict[bytes, _Job] = {}
         self._next_job_id = 0
+        self._pressing: asyncio.Task[None] | None = None
         self.num_slab_hits = 0
         self.num_decodes = 0
         self.num_failures = 0
@@ -129,6 +133,7 @@ class PixelService:
 
     async def close(self) -> None:
         tasks = [job.task for job in self._jobs.values() if job.task is not None]
+        tasks += [self._pressing] if self._pressing is not None else []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -139,6 +144,16 @@ class PixelService:
         offset = self._ledger.allocate(mm_hash, picture.place.nbytes)
         if offset is not None:
             job.task = asyncio.create_task(self._produce(mm_hash, job, offset))
+        elif self._pressing is None or self._pressing.done():
+            self._pressing = asyncio.create_task(self._press())
+
+    async def _press(self) -> None:
+        """Tell the core while one picture keeps waiting for room: the slab may be full of pictures that wait, in the end, for
+        that one, and only the core knows what is less urgent."""
+        while (first := self._ledger.next_waiting) is not None:
+            await asyncio.sleep(_PATIENCE_S)
+            if self._ledger.next_waiting == first:
+                self._send(SlabShort())
 
     def _admit(self) -> None:
         """Start the jobs whose turn for a slot has come."""
@@ -161,13 +176,16 @@ class PixelService:
             nbytes=place.nbytes,
         )
         try:
-            self.decode_seconds += await self._pool.submit(decode, job.picture.image.data)
+            seconds = await self._pool.submit(decode, job.picture.image.data)
         except ImageError as error:
             self._failed(mm_hash, error.message, error.code)
-        except EngineError:
+        except Exception as error:
+            if not isinstance(error, EngineError):  # the pool has ended, and has said so
+                logger.exception("Having a picture processed failed")
             self._failed(mm_hash, "the image could not be processed: the server is failing", "internal_error")
         else:
             self.num_decodes += 1
+            self.decode_seconds += seconds  # added only here: the sum may have changed while this job was waited for
             self._ready(mm_hash, offset, place.nbytes)
 
     def _ready(self, mm_hash: bytes, offset: int, nbytes: int) -> None:

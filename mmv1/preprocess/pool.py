@@ -6,9 +6,7 @@ The processes themselves are pool_process.py. Knows jobs and workers; nothing of
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-import mmv1
+from mmv1 import child
 from mmv1.errors import EngineError, ImageError
 from mmv1.log import logger
 from mmv1.preprocess.pool_messages import (
@@ -33,7 +31,6 @@ from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
 
 _MAX_ATTEMPTS = 2  # a job whose worker died is tried once more
 _JOB_CPU_SECONDS = 30.0  # then the worker is killed; the slowest honest picture within the limits takes about two
-_STOP_TIMEOUT_S = 5.0
 
 # Image-sized blocks come from the heap and stay there: otherwise every picture maps, faults and unmaps its buffers anew. One
 # thread: the workers are the parallelism, and a fork must not lose a thread pool.
@@ -44,7 +41,6 @@ _POOL_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "PYTHONSAFEPATH": "1",  # the working directory provides no modules
 }
 
 
@@ -99,14 +95,10 @@ class PreprocessPool:
             num_workers=self._num_workers,
             job_cpu_seconds=_JOB_CPU_SECONDS,
         )
-        package_root = str(Path(mmv1.__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "mmv1.preprocess.pool_process", msgspec.json.encode(settings).decode()),
-            stdin=asyncio.subprocess.PIPE,
+        self._process = await child.start(
+            *("mmv1.preprocess.pool_process", msgspec.json.encode(settings).decode()),
             pass_fds=(self._slab_fd,),
-            start_new_session=True,  # a Ctrl-C in the terminal is for the API server, which then ends the pool
-            env={**os.environ, **_POOL_ENVIRONMENT, "PYTHONPATH": path},
+            env=_POOL_ENVIRONMENT,
         )
         self._tasks = [asyncio.create_task(self._receive(self._answers)), asyncio.create_task(self._watch(self._process))]
 
@@ -123,13 +115,7 @@ class PreprocessPool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._process is not None:
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-            try:
-                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+            await child.stop(self._process)
         if self._answers is not None:
             self._answers.close()
         if self._runtime_dir is not None:
@@ -167,23 +153,32 @@ class PreprocessPool:
             self._sending.add(sending)
             sending.add_done_callback(self._sending.discard)
 
-    @staticmethod
-    async def _send(worker: _Worker, pool_job: _PoolJob) -> None:
-        if worker.current is pool_job:  # else the worker died before this task ran, and `_bury` has seen to the job
+    async def _send(self, worker: _Worker, pool_job: _PoolJob) -> None:
+        if worker.current is not pool_job:  # the worker died before this task ran, and `_bury` has seen to the job
+            return
+        try:
             await worker.sender.send(pool_job.job, pool_job.payload)
+        except Exception:
+            if worker.current is pool_job:
+                logger.exception("Sending to a preprocess worker failed")
+                self._fail("jobs cannot be sent to the preprocess pool any more")
 
     async def _receive(self, answers: AsyncReceiver[PoolAnswer]) -> None:
-        while True:
-            try:
-                answer = await answers.recv()
-            except msgspec.MsgspecError:
-                logger.warning("dropped a malformed message of a preprocess worker")
-                continue
-            if isinstance(answer, WorkerReady):
-                self._on_worker_ready(answer)
-            else:
-                self._on_result(answer)
-            self._dispatch()
+        try:
+            while True:
+                try:
+                    answer = await answers.recv()
+                except msgspec.MsgspecError:
+                    logger.warning("dropped a malformed message of a preprocess worker")
+                    continue
+                if isinstance(answer, WorkerReady):
+                    self._on_worker_ready(answer)
+                else:
+                    self._on_result(answer)
+                self._dispatch()
+        except Exception:
+            logger.exception("Reading from the preprocess pool failed")
+            self._fail("the preprocess pool's answers cannot be read any more")
 
     def _on_worker_ready(self, ready: WorkerReady) -> None:
         """A new worker. One that takes the place of another says by this that the other is dead, and its job with it."""
@@ -230,9 +225,15 @@ class PreprocessPool:
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         status = await process.wait()
-        self._end(f"the preprocess pool ended by itself (status {status}); its last lines in the log say why")
-        logger.error("%s", self._dead)
-        self._on_failure(str(self._dead))
+        self._fail(f"the preprocess pool ended by itself (status {status}); its last lines in the log say why")
+
+    def _fail(self, reason: str) -> None:
+        """End for good, and say so once."""
+        if self._dead is not None:
+            return
+        self._end(reason)
+        logger.error("%s", reason)
+        self._on_failure(reason)
 
     def _end(self, reason: str) -> None:
         """Fail every job. Whatever comes later fails at once."""

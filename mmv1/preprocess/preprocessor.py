@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mmv1.config import ModelConfig, PreprocessConfig
-from mmv1.errors import ContextLengthError, EngineError, ImageError, RequestError
+from mmv1.errors import ConfigError, ContextLengthError, EngineError, ImageError, RequestError
 from mmv1.preprocess.fetch import ImageFetcher, parse_data_url
 from mmv1.preprocess.hashing import ImageHasher, KeyedHasher
 from mmv1.preprocess.layout import ImagePlace, load_layout
@@ -24,14 +24,14 @@ from mmv1.preprocess.media import DECODE_POLICY, EncodedImage, ImageLimits, Imag
 from mmv1.preprocess.pixels import PatchRules, PixelService, SendFeature
 from mmv1.preprocess.pool import PreprocessPool
 from mmv1.preprocess.prompt import Message, PromptRenderer, image_sources
-from mmv1.preprocess.slab import SlabLedger, SlabStore, default_slab_bytes
+from mmv1.preprocess.slab import SlabLedger, SlabStore, aligned, default_slab_bytes
 from mmv1.types import MMFeature, PixelRequest
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _THREAD_BYTES = 256 << 10  # from here on, work over a picture's or a text's bytes leaves the event loop
-_MAX_CONCURRENT_FETCHES = 64
+_MAX_FETCHES_OF_A_REQUEST = 8  # at once: one request must not take every turn there is
 
 
 class PreparedPrompt(NamedTuple):
@@ -94,16 +94,25 @@ class Preprocessor:
             max_encoded_bytes=config.max_encoded_bytes, max_pixels=config.max_image_pixels, max_side=config.max_image_side
         )
         self._prompts = PromptRenderer(
-            Path(model.path), image_token_id=self.layout.image_token_id, video_token_id=self.layout.video_token_id
+            Path(model.path),
+            image_token_id=self.layout.image_token_id,
+            video_token_id=self.layout.video_token_id,
+            max_model_len=model.max_model_len,
         )
         hasher = KeyedHasher(config.hash_algorithm, secret)
         self._hasher = ImageHasher(hasher, decode_policy=DECODE_POLICY, fingerprint=self.layout.fingerprint)
         self._fetcher = ImageFetcher(
             limits=self._limits, allowed_domains=config.allowed_media_domains, timeout_s=config.fetch_timeout_s
         )
-        self._fetching = asyncio.Semaphore(_MAX_CONCURRENT_FETCHES)
         largest = self.layout.image_bytes(self.layout.max_image_tokens(model.max_model_len))
-        slab_bytes = config.slab_bytes or default_slab_bytes(largest, self.layout.ordinary_image_bytes())
+        slab_bytes = config.slab_bytes
+        if slab_bytes is None:
+            slab_bytes = default_slab_bytes(largest, self.layout.ordinary_image_bytes())
+        if slab_bytes < 2 * aligned(largest):
+            raise ConfigError(
+                f"the picture slab ({slab_bytes} bytes) cannot hold two pictures of the largest size ({2 * aligned(largest)} "
+                "bytes): raise --preprocess-slab-gb or lower --max-pixels"
+            )
         self.slab = SlabStore(slab_bytes)
         self._ledger = SlabLedger(self.slab.nbytes)
         self._pool = PreprocessPool(
@@ -134,7 +143,7 @@ class Preprocessor:
         await self._fetcher.close()
         self.slab.close()
 
-    async def prepare_chat(self, request_id: str, messages: Sequence[Message], *, tenant_scope: bytes = b"") -> PreparedPrompt:
+    async def prepare_chat(self, request_id: str, messages: Sequence[Message]) -> PreparedPrompt:
         """Fetch, probe and hash the pictures, render and tokenize the conversation. From here on the pictures' bytes are kept
         for `request_id`, until `release_request`. Raises RequestError (ImageError, ContextLengthError)."""
         if not messages:
@@ -143,10 +152,10 @@ class Preprocessor:
         self._check_number(len(sources))
         size = sum(_text_size(message) for message in messages)
         token_ids = await _off_loop(size, self._prompts.render_chat, messages)
-        return await self._prepare(request_id, token_ids, sources, tenant_scope)
+        return await self._prepare(request_id, token_ids, sources)
 
     async def prepare_prompt(
-        self, request_id: str, prompt: str | Sequence[int], images: Sequence[ImageSource] = (), *, tenant_scope: bytes = b""
+        self, request_id: str, prompt: str | Sequence[int], images: Sequence[ImageSource] = ()
     ) -> PreparedPrompt:
         """The same for a raw prompt, as text in which special tokens mean themselves or as ids, with one placeholder per
         picture."""
@@ -155,7 +164,7 @@ class Preprocessor:
             token_ids = await _off_loop(len(prompt), self._prompts.render_text, prompt)
         else:
             token_ids = self._prompts.check_ids(prompt)
-        return await self._prepare(request_id, token_ids, images, tenant_scope)
+        return await self._prepare(request_id, token_ids, images)
 
     def release_request(self, request_id: str) -> None:
         """The request has ended: its pictures' bytes are dropped, unless another request refers to them. Unknown ids are
@@ -194,15 +203,13 @@ class Preprocessor:
             message = f"the prompt has {num_images} images; at most {self._max_images} are allowed"
             raise ImageError(message, code="too_many_images")
 
-    async def _prepare(
-        self, request_id: str, token_ids: list[int], sources: Sequence[ImageSource], tenant_scope: bytes
-    ) -> PreparedPrompt:
+    async def _prepare(self, request_id: str, token_ids: list[int], sources: Sequence[ImageSource]) -> PreparedPrompt:
         if request_id in self._requests:
             raise EngineError(f"request id {request_id} is in use")
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
         self._prompts.expand(token_ids, [1] * len(sources))  # the structure is checked before anything is fetched
-        pictures = await self._load_all(sources, tenant_scope)
+        pictures = await self._load_all(sources)
         total = len(token_ids) - len(pictures) + sum(picture.place.num_tokens for picture in pictures)
         if total >= self._max_model_len:
             message = f"the prompt has {total} tokens; with at least one token of answer this model takes {self._max_model_len}"
@@ -219,12 +226,13 @@ class Preprocessor:
             self._pixels.add_reference(*picture)
         return PreparedPrompt(expanded, features)
 
-    async def _load_all(self, sources: Sequence[ImageSource], tenant_scope: bytes) -> list[_Loaded]:
+    async def _load_all(self, sources: Sequence[ImageSource]) -> list[_Loaded]:
         """All pictures at once; the first that fails ends the others. With several, the message says which one it was."""
+        turns = asyncio.Semaphore(_MAX_FETCHES_OF_A_REQUEST)
 
         async def load(number: int, source: ImageSource) -> _Loaded:
             try:
-                return await self._load(source, tenant_scope)
+                return await self._load(source, turns)
             except ImageError as error:
                 if len(sources) == 1:
                     raise
@@ -237,18 +245,16 @@ class Preprocessor:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _load(self, source: ImageSource, tenant_scope: bytes) -> _Loaded:
-        image = await self._encoded(source)
+    async def _load(self, source: ImageSource, turns: asyncio.Semaphore) -> _Loaded:
+        image = await self._encoded(source, turns)
         self._num_probed += 1
         place = self.layout.place(image.header.width, image.header.height)
         container = "ppm" if image.header.format == "PPM" else "encoded"
-        mm_hash = await _off_loop(
-            len(image.data), lambda: self._hasher.mm_hash(image.data, container=container, tenant_scope=tenant_scope)
-        )
+        mm_hash = await _off_loop(len(image.data), lambda: self._hasher.mm_hash(image.data, container=container))
         return _Loaded(mm_hash, image, place)
 
-    async def _encoded(self, source: ImageSource) -> EncodedImage:
-        """The picture's bytes, wherever they are. Raises ImageError."""
+    async def _encoded(self, source: ImageSource, turns: asyncio.Semaphore) -> EncodedImage:
+        """The picture's bytes, wherever they are; a download waits for one of its request's `turns`. Raises ImageError."""
         if isinstance(source, Image.Image):
             return await _off_loop(3 * source.width * source.height, encode_pil, source, self._limits)
         if isinstance(source, Path):
@@ -258,7 +264,7 @@ class Preprocessor:
         if source[:5].lower() == "data:":
             data = await _off_loop(len(source), parse_data_url, source, self._limits)
         else:
-            async with self._fetching:
+            async with turns:
                 data = await self._fetcher.fetch(source)
         return accept_bytes(data, self._limits)
 

@@ -19,11 +19,13 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from mmv1.config import read_json
-from mmv1.errors import ConfigError, RequestError
+from mmv1.errors import ConfigError, ContextLengthError, RequestError
 from mmv1.preprocess.media import ImageSource
+
+_NFC_JOINS = 3  # at most so many bytes become one when a tokenizer brings text into normal form C
 
 _ROLE = re.compile(r"[a-z_]{1,32}")
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -58,9 +60,11 @@ class PromptRenderer:
 
     `tokenizer` is shared with whoever turns ids back into text; encoding with it never yields a special id, special tokens
     being split off before. Raises ConfigError where the directory lacks what is needed.
+
+    Text that cannot possibly fit `max_model_len` tokens is refused before the work of tokenizing it.
     """
 
-    def __init__(self, model_dir: Path, *, image_token_id: int, video_token_id: int) -> None:
+    def __init__(self, model_dir: Path, *, image_token_id: int, video_token_id: int, max_model_len: int) -> None:
         try:
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
         except Exception:  # the library raises a bare Exception
@@ -73,6 +77,8 @@ class PromptRenderer:
         self._shield = _Shield(list(specials))
         self._image_token_id = image_token_id
         self._video_token_id = video_token_id
+        self._max_text_bytes = _max_text_bytes(self.tokenizer, max_model_len)
+        self._max_model_len = max_model_len
         self._vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
         config = read_json(model_dir / "tokenizer_config.json")
         self._template_variables = {name: _token_text(config[name]) for name in _SPECIAL_TOKEN_NAMES if config.get(name)}
@@ -137,19 +143,40 @@ class PromptRenderer:
         return {"role": message.role, "content": parts}
 
     def _encode(self, text: str) -> list[int]:
-        """Split at special tokens, encode what lies between as plain text."""
-        ids: list[int] = []
+        """Split at special tokens, encode what lies between as plain text. Raises ContextLengthError."""
+        plain: list[str] = []
+        special_ids: list[int] = []  # each between two of `plain`
         position = 0
         for match in self._specials.finditer(text):
-            ids += self._encode_plain(text[position : match.start()])
-            ids.append(self._special_ids[match.group().strip() if match.group() not in self._special_ids else match.group()])
+            plain.append(self._shield.uncover(text[position : match.start()]))
+            special = match.group()
+            special_ids.append(self._special_ids[special if special in self._special_ids else special.strip()])
             position = match.end()
-        return ids + self._encode_plain(text[position:])
+        plain.append(self._shield.uncover(text[position:]))
+        try:
+            num_bytes = sum(len(piece.encode()) for piece in plain)
+        except UnicodeEncodeError:
+            raise RequestError("the prompt's text has half a surrogate pair, which is no character") from None
+        if self._max_text_bytes is not None and num_bytes > self._max_text_bytes:
+            limit = f"with at least one token of answer this model takes {self._max_model_len} tokens"
+            raise ContextLengthError(f"the prompt has {num_bytes} bytes of text, which cannot fit: {limit}")
+        # In a batch, which unlike `encode` lets other threads run meanwhile.
+        encoded = self.tokenizer.encode_batch_fast(plain, add_special_tokens=False)
+        ids = list(encoded[0].ids)
+        for special_id, piece in zip(special_ids, encoded[1:], strict=True):
+            ids.append(special_id)
+            ids += piece.ids
+        return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
-        if not text:
-            return []
-        return list(self.tokenizer.encode(self._shield.uncover(text), add_special_tokens=False).ids)
+
+def _max_text_bytes(tokenizer: Tokenizer, max_model_len: int) -> int | None:
+    """No text with more bytes of UTF-8 can have `max_model_len` tokens or fewer. None where nothing is known: only a byte-level
+    vocabulary promises that every byte of the text is in a token."""
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return None
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)  # a character for every byte
+    added = (len(token.content.encode()) for token in tokenizer.get_added_tokens_decoder().values())
+    return max_model_len * max(max(map(len, vocabulary), default=1), *added, 1) * _NFC_JOINS
 
 
 class _Shield:

@@ -15,9 +15,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from mmv1.errors import ImageError
+from mmv1.host import available_memory_bytes
 
 ALIGNMENT = 4096  # bytes; every slot starts and ends on a page
 _PREFAULT_STEP = 64 << 20
@@ -32,20 +32,6 @@ def default_slab_bytes(largest_image: int, ordinary_image: int) -> int:
 
 def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def available_memory_bytes() -> int:
-    """Memory this process may still take: the machine's, or its container's where that is less."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) << 10
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            available = min(available, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, KeyError, ValueError):  # no such files: another system, or no container limit
-        pass
-    return max(0, available)
 
 
 class SlabStore:
@@ -131,6 +117,11 @@ class SlabLedger:
     @property
     def pinned_bytes(self) -> int:
         return sum(aligned(slot.nbytes) for slot in self._slots.values() if slot.pins)
+
+    @property
+    def next_waiting(self) -> bytes | None:
+        """Whose turn it is to get room."""
+        return next(iter(self._waiting), None)
 
     @property
     def num_waiting(self) -> int:

@@ -6,9 +6,7 @@ all of that is nothing, and the same calls cost nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,17 +62,6 @@ class Platform:
         """Host memory to fill and then send with `.to(device, non_blocking=True)`."""
         return torch.empty(shape, dtype=dtype, pin_memory=self.is_cuda)
 
-    def available_host_bytes(self) -> int:
-        """Memory this process could still take: what the machine has left, within its control group's limit."""
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        for line in _read(Path("/proc/meminfo")).splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-        limit, used = (_read(Path("/sys/fs/cgroup") / name).strip() for name in ("memory.max", "memory.current"))
-        if limit.isdigit() and used.isdigit():
-            available = min(available, int(limit) - int(used))
-        return max(available, 0)
-
     def start_measuring(self) -> None:
         """Forget earlier peaks of the device's memory."""
         torch.cuda.empty_cache()
@@ -88,10 +75,3 @@ class Platform:
         beside_torch = total - free - torch.cuda.memory_reserved(self.device)
         torch.cuda.empty_cache()
         return int(total * utilization) - peak - beside_torch
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

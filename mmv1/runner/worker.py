@@ -11,6 +11,7 @@ import torch
 from mmv1.config import EngineConfig
 from mmv1.encoder_cache.tensors import EncoderCacheTensors
 from mmv1.errors import EngineError
+from mmv1.host import available_memory_bytes
 from mmv1.kv.tensors import allocate_kv_caches
 from mmv1.log import logger
 from mmv1.models.interface import Model
@@ -22,7 +23,7 @@ from mmv1.runner.platform import Platform
 from mmv1.step import CachedRequestData, KVCacheSpec, NewRequestData, SchedulerOutput
 from mmv1.types import SamplingParams
 
-_MOST_CPU_CACHE_BYTES = 4 << 30
+_MOST_CPU_KV_BYTES = 4 << 30
 
 
 class Worker:
@@ -74,11 +75,12 @@ class Worker:
         """Bytes of one picture token's embedding in the encoder cache."""
         return self.model.embedding_width * self._dtype.itemsize
 
-    def determine_memory(self) -> int:
+    def determine_memory(self, least_encoder_bytes: int) -> int:
         """Bytes for KV blocks and picture embeddings together. Not positive: the model leaves no room.
 
-        On a CUDA device: what this server's share leaves beside the measured peak of a largest step. On a CPU: at most what
-        all requests together could use, within a share of the available memory and a ceiling.
+        On a CUDA device: what this server's share leaves beside the measured peak of a largest step. On a CPU, within that
+        share of the available memory: KV for all requests together, up to a ceiling, and beside it a quarter as much for
+        embeddings, or `least_encoder_bytes` where that is more.
         """
         cache = self._config.cache
         if self.platform.is_cuda:
@@ -87,8 +89,9 @@ class Worker:
             return self.platform.measured_free_bytes(cache.gpu_memory_utilization)
         most_blocks = self._config.scheduler.max_num_seqs * math.ceil(self._config.model.max_model_len / cache.block_size) + 1
         usable = most_blocks * cache.block_size * self.get_kv_cache_specs()[0].bytes_per_token()
-        share = int(self.platform.available_host_bytes() * cache.gpu_memory_utilization)
-        return min(_MOST_CPU_CACHE_BYTES, share, usable)
+        kv_bytes = min(_MOST_CPU_KV_BYTES, usable)
+        share = int(available_memory_bytes() * cache.gpu_memory_utilization)
+        return min(share, kv_bytes + max(kv_bytes // 4, least_encoder_bytes))
 
     def initialize_caches(self, num_blocks: int, encoder_cache_bytes: int) -> None:
         """Take the memory. `num_blocks` counts the null block."""
@@ -153,7 +156,7 @@ class Worker:
         block_ids = [0] * math.ceil(num_tokens / self._config.cache.block_size)
         params = SamplingParams(top_p=0.9, repetition_penalty=1.1)
         requests = [
-            NewRequestData(f"largest-{i}", [0] * num_tokens, num_tokens, [], params, (), block_ids, 0) for i in range(num_seqs)
+            NewRequestData(f"largest-{i}", [0] * num_tokens, num_tokens, [], params, block_ids, 0) for i in range(num_seqs)
         ]
         step = SchedulerOutput(
             step_id=0,

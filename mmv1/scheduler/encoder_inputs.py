@@ -31,7 +31,6 @@ class Clip:
     num_new_tokens: int
     to_reference: list[int] = field(default_factory=list)  # every picture the chunk touches
     to_encode: list[int] = field(default_factory=list)  # of these, the ones to encode in this step
-    num_encoder_tokens: int = 0
     blocked_by: int | None = None  # the picture the chunk was clipped at
 
 
@@ -72,7 +71,6 @@ def clip_chunk(
         available_bytes -= size
         if encode:
             encoder_budget -= feature.num_tokens
-            clip.num_encoder_tokens += feature.num_tokens
             clip.to_encode.append(index)
         counted.add(feature.mm_hash)
         clip.to_reference.append(index)

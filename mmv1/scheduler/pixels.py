@@ -6,6 +6,8 @@ wants it. The answer to an older ticket is recognised and dropped. Sizes are in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mmv1.types import FeatureFailed, FeatureReady, MMFeature, PixelRequest
 
 
@@ -86,6 +88,26 @@ class PixelLedger:
         if state is not None and state.encode_step == step_id:
             self._remove(mm_hash, state)
             self._releases.append(mm_hash)
+
+    def make_room(self, urgency: Callable[[str, bytes], tuple[object, ...]]) -> None:
+        """The slab is short: give up every slot, held or awaited, for the sake of the most urgent picture still awaited.
+
+        `urgency(request_id, mm_hash)` orders all wants, the smallest first. What is given up will be asked for again, and
+        then waits behind what was kept. Slots that a step reads are not touched.
+        """
+        ranks = {
+            mm_hash: min(urgency(request_id, mm_hash) for request_id in state.wanted_by)
+            for mm_hash, state in self._states.items()
+            if state.encode_step is None
+        }
+        awaited = [rank for mm_hash, rank in ranks.items() if not self._states[mm_hash].is_ready]
+        if not awaited:
+            return
+        first = min(awaited)
+        for mm_hash, rank in ranks.items():
+            if rank > first:
+                self._remove(mm_hash, self._states[mm_hash])
+                self._releases.append(mm_hash)
 
     def forget_request(self, request_id: str) -> None:
         """The request wants no more pixels: what only it wanted is released, or withdrawn."""

@@ -34,7 +34,9 @@ from mmv1.types import (
     SchedulerStats,
 )
 
-_MAX_PICTURES_AHEAD = 64  # examined per pass: bounds the host cost of a long waiting queue
+# Both bound the host cost of a long waiting queue, per pass.
+_MAX_PICTURES_AHEAD = 64  # pictures examined for encoding ahead
+_MAX_PASSED_OVER = 64  # waiting requests that can get no token now
 
 
 @dataclass
@@ -46,7 +48,7 @@ class _InFlight:
 
 
 class Scheduler:
-    """`encoder_cache` None: a model without pictures. Numbers are per step unless said otherwise."""
+    """Numbers are per step unless said otherwise."""
 
     def __init__(
         self,
@@ -104,6 +106,19 @@ class Scheduler:
             ends = [f.offset + f.num_tokens for f in request.mm_features if f.mm_hash == message.mm_hash]
             if request.num_computed_tokens < max(ends):
                 self._fail(request, message.message, message.code)
+
+    def slab_short(self) -> None:
+        """A picture has been waiting for room in the slab. Room is made for the next picture of the oldest request that holds
+        KV, else of the first that waits: that request can then go on, whatever else the slab was full of."""
+        self.pixels.make_room(self._urgency)
+
+    def _urgency(self, request_id: str, mm_hash: bytes) -> tuple[object, ...]:
+        request = self.requests[request_id]
+        computed = request.num_computed_tokens
+        for index, feature in enumerate(request.mm_features):
+            if feature.mm_hash == mm_hash and feature.offset + feature.num_tokens > computed:
+                return request.status is RequestStatus.WAITING, request.arrival_key, index
+        return (2,)  # passed meanwhile: not needed any more
 
     def _fail(self, request: Request, error: str, code: str) -> None:
         self._failed.append(
@@ -234,8 +249,9 @@ class Scheduler:
         """Admit waiting requests in order, each with its longest cached prefix. One that can get no token now is passed over;
         one that finds no KV blocks ends the pass, so that nobody starves behind smaller requests. Returns the budget left."""
         admitted: list[Request] = []
+        num_passed_over = 0
         for request in self.waiting:
-            if budget <= 0 or len(self.running) + len(admitted) >= self.max_num_seqs:
+            if budget <= 0 or len(self.running) + len(admitted) >= self.max_num_seqs or num_passed_over > _MAX_PASSED_OVER:
                 break
             if request.num_tokens_expected > request.num_tokens:
                 continue  # preempted with a token in flight: its id is not known yet
@@ -252,6 +268,7 @@ class Scheduler:
                 request.num_computed_tokens = 0
                 if block_ids is None:
                     break
+                num_passed_over += 1
                 continue
             if clip is not None:
                 self._take_pictures(request, clip, num_new, in_flight, step_id)
@@ -444,7 +461,6 @@ def _describe(request: Request, block_ids: list[int]) -> NewRequestData:
         num_prompt_tokens=request.num_prompt_tokens,
         mm_features=request.mm_features,
         sampling_params=request.sampling_params,
-        eos_token_ids=request.eos_token_ids,
         block_ids=block_ids,
         num_computed_tokens=request.num_computed_tokens,
     )

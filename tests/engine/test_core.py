@@ -228,7 +228,7 @@ def test_the_age_of_a_hanging_step_is_told() -> None:
     client.wait_until(lambda: client.core._in_flight)
     ages: list[float] = []
     publish = client.core._publish
-    client.core._publish = lambda news: (ages.append(news.pong.oldest_step_age_s) if news.pong else None, publish(news))  # type: ignore[method-assign, func-returns-value]
+    client.core._publish = lambda news: (ages.append(news.pong.stalled_s) if news.pong else None, publish(news))  # type: ignore[method-assign, func-returns-value]
     for ping_id in (1, 2):
         client.core.post(Ping(ping_id))
         client.wait_until(lambda count=ping_id: len(ages) == count)
@@ -255,3 +255,26 @@ def test_none_of_it_imports_torch() -> None:
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_core_that_can_no_longer_be_reached_ends() -> None:
+    core = EngineCore(make_scheduler(), UniProcExecutor(SimulatedWorker(256, 4, 64)), lambda news: None)
+    core.fail(ValueError("the input thread ended"))
+    with pytest.raises(ValueError, match="the input thread ended"):
+        core.run()
+
+
+def test_requests_that_stand_still_are_told_even_when_no_step_runs() -> None:
+    client = Client(SimulatedWorker(256, 4, 64), answer_pixels=False)
+    stalls: list[float] = []
+    publish = client.core._publish
+    client.core._publish = lambda news: (stalls.append(news.pong.stalled_s) if news.pong else None, publish(news))  # type: ignore[method-assign, func-returns-value]
+    client.core.post(Ping(1))
+    client.wait_until(lambda: len(stalls) == 1)
+    client.core.post(make_request("r", [50] * 8 + [1], [MMFeature(b"c" * 32, 0, 8, (1, 2, 16))]))
+    client.wait_until(lambda: client.core.scheduler.pixels.num_requests == 1)
+    for ping_id in (2, 3):
+        client.core.post(Ping(ping_id))
+        client.wait_until(lambda count=ping_id: len(stalls) == count)
+    assert stalls[0] == 0 and 0 < stalls[1] < stalls[2]
+    client.stop()

@@ -71,8 +71,8 @@ def test_an_evicted_embedding_is_made_again_from_the_slab(llm: LLM) -> None:
 
 @pytest.fixture
 def forgetful_llm(tiny_model_dir: Path) -> Iterator[LLM]:
-    """Its slab and its encoder cache have room for one picture each."""
-    with LLM(tiny_model_dir, encoder_cache_bytes=(160 + 16) * 256, preprocess_slab_gb=377 * 1024 / (1 << 30)) as started:
+    """Its encoder cache has room for one largest picture, its slab for two: the least there may be."""
+    with LLM(tiny_model_dir, encoder_cache_bytes=(160 + 16) * 256, preprocess_slab_gb=740 * 1024 / (1 << 30)) as started:
         yield started
 
 
@@ -81,7 +81,7 @@ def test_a_picture_covered_by_the_kv_prefix_is_never_decoded(forgetful_llm: LLM)
     llm = forgetful_llm
     shown = picture(5)
     (cold,) = llm.chat(ask(LONG_TEXT + "Colours?", shown), greedy(8))
-    other = ask("?", picture(10, 310, 310))
+    other = ask("?", picture(10, 310, 310), picture(11, 310, 310))
     llm.chat(other, greedy(1))
     counters = Counters(llm)
     llm.chat([{"role": "system", "content": "Another beginning."}, *ask("?", shown)], greedy(1))

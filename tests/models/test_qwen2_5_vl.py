@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoImageProcessor
 
 from mmv1.config import text_config
 from mmv1.errors import ConfigError
@@ -18,6 +20,7 @@ from mmv1.models.qwen2 import Qwen2Config
 from mmv1.models.qwen2_5_vision import VisionConfig
 from mmv1.models.qwen2_5_vl import Qwen2_5_VL
 from mmv1.models.registry import load_model, model_class
+from mmv1.preprocess.layout import load_layout
 from tests.oracle import HFOracle
 from tests.runner.driver import Picture, make_picture, make_prompt, tiny_config
 
@@ -70,6 +73,14 @@ def test_both_dialects_of_config_mean_the_same(tiny_model_dir: Path) -> None:
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1]}}, "mrope_section"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"num_attention_heads": None}, None),
+        ({"num_attention_heads": "many"}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"hidden_size": 64.5}, "hidden_size"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
+        ({"rope_parameters": {"mrope_section": "2,3,3"}}, "mrope_section"),
+        ({"rope_parameters": ["default"]}, "rope_parameters"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"num_hidden_layers": 1 << 50}, "num_hidden_layers"),
         ({"hidden_size": 32, "head_dim": 16}, "out_hidden_size"),
     ],
 )
@@ -82,6 +93,39 @@ def test_a_config_that_is_not_supported_is_refused(tiny_model_dir: Path, change:
         config["text_config"] |= change
     with pytest.raises(ConfigError, match=message):
         Qwen2_5_VL.from_model_dir(config, tiny_model_dir)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depth": None}, {"depth": "2"}, {"num_heads": 0}, {"num_heads": 7}, {"patch_size": [14, 14]}, {"window_size": 3},
+        {"fullatt_block_indexes": 1}, {"fullatt_block_indexes": ["a"]}, {"rope_parameters": {"rope_theta": "x"}},
+    ],
+)  # fmt: skip
+def test_a_vision_config_that_cannot_be_is_refused(tiny_model_dir: Path, change: dict[str, Any]) -> None:
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    config["vision_config"] |= change
+    (name,) = change
+    with pytest.raises(ConfigError, match={"rope_parameters": "rope_theta", "num_heads": "head"}.get(name, name)):
+        Qwen2_5_VL.from_model_dir(config, tiny_model_dir)
+    for wrong in (None, 3):
+        with pytest.raises(ConfigError):
+            Qwen2_5_VL.from_model_dir({**config, "vision_config": wrong}, tiny_model_dir)
+
+
+def test_the_tower_scales_pixels_as_the_layout_says(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Of two files that contradict each other, both read the same one, which is the one that transformers reads."""
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    shutil.copytree(tiny_model_dir, tmp_path, dirs_exist_ok=True)
+    older = json.loads((tiny_model_dir / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(older | {"image_mean": [0.1] * 3}))
+    newer = {"processor_class": "Qwen2_5_VLProcessor", "image_processor": older | {"image_mean": [0.4] * 3}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(newer))
+    mean = Qwen2_5_VL.from_model_dir(config, tmp_path).visual.patch_embed.mean.flatten() / 255
+    layout = load_layout(tiny_config(tmp_path).model)
+    oracle = AutoImageProcessor.from_pretrained(tmp_path)
+    for found in (mean.tolist(), layout.image_mean, oracle.image_mean):
+        assert list(found) == pytest.approx([0.4] * 3)
 
 
 def test_an_architecture_without_a_class_is_refused_with_what_is_supported() -> None:

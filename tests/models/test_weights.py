@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from examples.tiny_model import make_tiny_model
 from mmv1.errors import ConfigError
@@ -109,6 +110,40 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path, repeated: bool, caplog: py
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert torch.equal(model.lm_head.weight, embedding)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("flat", "outer", "inner"),  # in a flat config there is one place to say it
+    [(True, outer, None) for outer in (None, False, True)]
+    + [(False, outer, inner) for outer in (None, False, True) for inner in (None, False, True)],
+)
+@pytest.mark.parametrize("head", ["absent", "equal", "different"])
+def test_the_head_is_tied_when_transformers_ties_it(
+    flat: bool, outer: bool | None, inner: bool | None, head: str, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Whoever says it, and whatever else is stored."""
+    path = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    config["text_config"].pop("tie_word_embeddings", None)
+    if inner is not None:
+        config["text_config"]["tie_word_embeddings"] = inner
+    if flat:
+        config = as_flat(config)
+    if outer is not None:
+        config["tie_word_embeddings"] = outer
+    (path / "config.json").write_text(json.dumps(config))
+    if head != "different":
+        embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+        rewrite(path, {"lm_head.weight": None if head == "absent" else embedding.clone()})
+    if head == "absent" and not (outer or inner):
+        with pytest.raises(ConfigError, match=r"lm_head\.weight"):  # where transformers draws random numbers
+            load(path)
+        return
+    oracle = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    model = load(path)
+    assert torch.equal(model.lm_head.weight, oracle.lm_head.weight)
+    assert torch.equal(model.model.embed_tokens.weight, oracle.model.language_model.embed_tokens.weight)
 
 
 def test_a_missing_tensor_is_named(model_dir: Path) -> None:

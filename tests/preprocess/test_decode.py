@@ -18,7 +18,7 @@ from mmv1.preprocess.media import ImageLimits, encode_pil
 from mmv1.preprocess.pool_messages import DecodeJob
 from tests.pictures import make_image, make_pil
 
-IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+IDS = {"image_token_id": 1, "video_token_id": 2}
 LAYOUT = Qwen2VLLayout({}, IDS, min_pixels=3136, max_pixels=200 * 784)
 LIMITS = ImageLimits(max_encoded_bytes=1 << 30, max_pixels=1 << 30, max_side=1 << 20)
 

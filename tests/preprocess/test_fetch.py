@@ -38,6 +38,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
+        if name == "cookie":
+            self.send_header("Set-Cookie", "session=of-one-user; Path=/")
         if name != "stream":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -220,6 +222,37 @@ def test_bad_answers(server, path, code):
 
 def test_a_slow_server(server):
     assert refusal(at(server, "slow"), timeout_s=0.3, **NAMED) == "image_fetch_timeout"
+
+
+def test_no_cookie_is_kept(server):
+    """Hosts are dialled by address: a cookie of one host would go to others, and one user's to another's host."""
+
+    async def resolve(host, port):
+        return ["127.0.0.1"]
+
+    async def run():
+        fetcher = ImageFetcher(limits=LIMITS, allowed_domains=["a.example", "b.example"], resolve=resolve)
+        for host in ("a.example", "a.example", "b.example"):
+            await fetcher.fetch(f"http://{host}:{server.server_port}/cookie")
+        await fetcher.close()
+
+    asyncio.run(run())
+    assert [headers.get("Cookie") for _, headers in server.seen[-3:]] == [None] * 3
+
+
+def test_the_wait_for_a_turn_has_an_end(server):
+    """Hosts that hang take every turn; who comes next is told so in time, and not after all of them."""
+
+    async def resolve(host, port):
+        await asyncio.sleep(3600)
+
+    async def run():
+        fetcher = ImageFetcher(limits=LIMITS, timeout_s=0.5, resolve=resolve)
+        fetches = [fetcher.fetch(f"http://{n}.example/x") for n in range(200)]
+        async with asyncio.timeout(1.2):  # three full rounds of 64 would take 1.5 s
+            return await asyncio.gather(*fetches, return_exceptions=True)
+
+    assert {error.code for error in asyncio.run(run())} == {"image_fetch_timeout"}
 
 
 def test_the_name_is_in_the_tls_handshake():

@@ -10,7 +10,7 @@ from mmv1.config import ModelConfig
 from mmv1.errors import ConfigError, ImageError
 from mmv1.preprocess.layout import Qwen2VLLayout, load_layout
 
-IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+IDS = {"image_token_id": 1, "video_token_id": 2}
 
 
 def make_layout(processor=None, **overrides):
@@ -109,7 +109,16 @@ def test_every_number_is_in_the_fingerprint():
     assert len(prints) == len(changes) + 1
 
 
-@pytest.mark.parametrize("processor", [{"resample": 1}, {"do_resize": False}, {"min_pixels": 2, "max_pixels": 1}])
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"resample": 1}, {"resample": "bicubic"}, {"do_resize": False}, {"min_pixels": 2, "max_pixels": 1},
+        {"min_pixels": "many"}, {"max_pixels": 0}, {"max_pixels": 1 << 60}, {"size": 3}, {"size": {"longest_edge": [1]}},
+        {"patch_size": "14"}, {"patch_size": -14}, {"merge_size": 0}, {"temporal_patch_size": None, "merge_size": 1.5}, {"rescale_factor": "x"},
+        {"rescale_factor": 0}, {"image_mean": 0.5}, {"image_mean": ["a", "b", "c"]}, {"image_std": [0.0, 0.1, 0.1]},
+        {"image_std": [0.1]},
+    ],
+)  # fmt: skip
 def test_what_is_not_supported_is_refused(processor):
     with pytest.raises(ConfigError):
         make_layout(processor)
@@ -121,7 +130,8 @@ def test_registry(tmp_path):
     assert load_layout(model_config(tmp_path, architecture="", hf_config={**IDS, "model_type": "qwen2_5_vl"})).image_token_id == 1
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"max_pixels": 100352}}))
     assert load_layout(model_config(tmp_path)).max_pixels == 100352  # transformers 5 writes it here, and reads it first
-    with pytest.raises(ConfigError, match="LlavaForConditionalGeneration"):
-        load_layout(model_config(tmp_path, architecture="LlavaForConditionalGeneration"))
+    for architecture, model_type in (("Qwen2VLForConditionalGeneration", "qwen2_vl"), ("LlavaForConditionalGeneration", "llava")):
+        with pytest.raises(ConfigError, match=architecture):  # as long as no model class runs it
+            load_layout(model_config(tmp_path, architecture=architecture, hf_config={**IDS, "model_type": model_type}))
     with pytest.raises(ConfigError, match="image_token_id"):
         load_layout(model_config(tmp_path, hf_config={}))

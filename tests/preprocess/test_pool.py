@@ -140,12 +140,12 @@ def test_pending_jobs_can_be_withdrawn_and_running_ones_cannot(harness):
 def test_jobs_start_in_order_one_per_worker(harness, monkeypatch):
     sent, send = [], PreprocessPool._send
 
-    async def recording(worker, pool_job):
+    async def recording(pool, worker, pool_job):
         sent.append(pool_job.job.job_id)
         assert len(sent) <= 2 + sum(future.done() for future in futures)
-        await send(worker, pool_job)
+        await send(pool, worker, pool_job)
 
-    monkeypatch.setattr(PreprocessPool, "_send", staticmethod(recording))
+    monkeypatch.setattr(PreprocessPool, "_send", recording)
     encoded, futures = make_image(120, 90), []
     for n in range(30, 50):
         futures.append(harness.submit(make_job(n, encoded), encoded))
@@ -195,6 +195,25 @@ def test_a_pool_that_cannot_start_says_so():
         harness.run(harness.pool.wait_ready())
     assert len(harness.failures) == 1
     harness.close()
+
+
+@pytest.mark.parametrize("where", ["sending", "receiving"])
+def test_a_broken_stream_ends_the_pool_and_nobody_waits(where, monkeypatch):
+    harness = Harness(num_workers=1)
+    try:
+        harness.run(harness.pool.wait_ready())
+        if where == "sending":
+            [worker] = harness.pool._workers.values()
+            monkeypatch.setattr(worker.sender, "send", None)
+        else:
+            monkeypatch.setattr(harness.pool, "_on_result", None)
+        encoded = make_image(60, 60)
+        with pytest.raises(EngineError, match="preprocess pool"):
+            harness.run(harness.submit(make_job(1, encoded), encoded))
+        assert len(harness.failures) == 1 and "any more" in harness.failures[0]
+    finally:
+        harness.close()
+    assert len(harness.failures) == 1  # the end of its processes is no further news
 
 
 _SERVER = """

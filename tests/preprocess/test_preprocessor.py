@@ -15,10 +15,11 @@ from PIL import Image
 
 from mmv1.config import EngineArgs, resolve
 from mmv1.errors import ConfigError, ContextLengthError, EngineError, ImageError, RequestError
+from mmv1.preprocess.layout import load_layout
 from mmv1.preprocess.preprocessor import Preprocessor
 from mmv1.preprocess.prompt import ImagePart, Message, TextPart
 from mmv1.preprocess.slab import aligned, map_slab
-from mmv1.types import FeatureFailed, FeatureReady, PixelRequest
+from mmv1.types import FeatureFailed, FeatureReady, PixelRequest, SlabShort
 from tests.pictures import data_url, make_image, make_pil
 from tests.preprocess.processes import children, file_descriptors, wait_until
 from tests.preprocess.test_decode import png
@@ -41,13 +42,19 @@ class Harness:
         self.model = config.model
         changes = {"num_workers": 2, "slab_bytes": slab_bytes, **changes}
         self.runner = asyncio.Runner()
-        self.sent, self.failures = [], []
+        self.sent, self.failures, self.num_presses = [], [], 0
         self.pre = Preprocessor(
-            config.model, dataclasses.replace(config.preprocess, **changes), self.sent.append, on_failure=self.failures.append
+            config.model, dataclasses.replace(config.preprocess, **changes), self.send, on_failure=self.failures.append
         )
         self.runner.run(self.pre.start())
         self.requests = 0
         self.ticket = 0
+
+    def send(self, message):
+        if isinstance(message, SlabShort):
+            self.num_presses += 1
+        else:
+            self.sent.append(message)
 
     def run(self, awaitable):
         async def bounded():
@@ -136,13 +143,14 @@ def test_a_prompt_is_ready_before_anything_is_decoded(harness):
     before = harness.pre.stats()
     prepared = harness.prepare("Look: ", make_image(300, 200), " and ", make_image(90, 400), "?")
     pad = harness.pre.layout.image_token_id
+    start, end = (harness.pre.tokenizer.token_to_id(f"<|vision_{name}|>") for name in ("start", "end"))
     for feature, size in zip(prepared.mm_features, ((300, 200), (90, 400)), strict=True):
         assert len(feature.mm_hash) == 32
         assert feature.num_tokens == harness.pre.layout.place(*size).num_tokens
         ids = prepared.prompt_token_ids
         assert ids[feature.offset : feature.offset + feature.num_tokens] == [pad] * feature.num_tokens
-        assert ids[feature.offset - 1] == harness.pre.layout.vision_start_token_id
-        assert ids[feature.offset + feature.num_tokens] == harness.pre.layout.vision_end_token_id
+        assert ids[feature.offset - 1] == start
+        assert ids[feature.offset + feature.num_tokens] == end
     assert prepared.prompt_token_ids.count(pad) == sum(f.num_tokens for f in prepared.mm_features)
     after = harness.pre.stats()
     assert after.num_images_probed - before.num_images_probed == 2 and after.num_decodes == before.num_decodes
@@ -397,12 +405,6 @@ def test_raw_prompts(harness):
         harness.run(harness.pre.prepare_prompt("raw1", "again"))
 
 
-def test_tenants_share_nothing(harness):
-    image = make_image(150, 80)
-    hashes = {harness.prepare(image, tenant_scope=scope).mm_features[0].mm_hash for scope in (b"", b"a", b"b", b"a")}
-    assert len(hashes) == 3
-
-
 def test_large_payloads_leave_the_event_loop(harness, monkeypatch):
     """Parsing a large data: URL and hashing what is in it happen in a thread; a small picture's do not."""
     import mmv1.preprocess.preprocessor as module
@@ -436,6 +438,12 @@ def test_a_full_slab_makes_pictures_wait_their_turn(tiny_model_dir):
         order = [answer.mm_hash for answer in harness.answers(slots)]
         assert sorted(order) == sorted(feature.mm_hash for feature in features[:slots])
         assert harness.pre.stats().num_waiting_for_slab == 16 - slots
+
+        async def pressed():
+            while not harness.num_presses:
+                await asyncio.sleep(0.002)
+
+        harness.run(pressed())  # the core is told that the slab is short
         harness.release(features[-1].mm_hash)  # withdrawn while it waits
         for feature in features[slots:-1]:
             harness.release(order.pop(0))
@@ -450,14 +458,69 @@ def test_a_full_slab_makes_pictures_wait_their_turn(tiny_model_dir):
         harness.close()
 
 
-def test_a_picture_larger_than_the_slab_is_refused(tiny_model_dir):
-    config = resolve(EngineArgs(model=str(tiny_model_dir), preprocess_slab_gb=64 / (1 << 20)))
-    pre = Preprocessor(config.model, config.preprocess, lambda answer: None)  # never started
-    with pytest.raises(ImageError) as refusal:
-        asyncio.run(pre.prepare_chat("large", user(make_image(400, 400))))
-    assert refusal.value.code == "image_too_large"
-    assert asyncio.run(pre.prepare_chat("small", user(make_image(56, 56)))).mm_features
+def test_a_slab_too_small_for_two_largest_pictures_is_refused_at_start(tiny_model_dir):
+    config = resolve(EngineArgs(model=str(tiny_model_dir)))
+    layout = load_layout(config.model)
+    least = 2 * aligned(layout.image_bytes(layout.max_image_tokens(config.model.max_model_len)))
+    for slab_bytes in (0, 64 << 10, least - 1):
+        with pytest.raises(ConfigError, match="--preprocess-slab-gb"):
+            Preprocessor(config.model, dataclasses.replace(config.preprocess, slab_bytes=slab_bytes), lambda answer: None)
+    pre = Preprocessor(config.model, dataclasses.replace(config.preprocess, slab_bytes=least), lambda answer: None)
     asyncio.run(pre.close())
+
+
+def test_an_unexpected_failure_is_answered(harness, monkeypatch, caplog):
+    """Else the core would wait for the picture for ever."""
+
+    def broken(job, payload):
+        raise RuntimeError("broken")
+
+    feature = harness.prepare(make_image(303, 200)).mm_features[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.pre._pool, "submit", broken)
+        ticket = harness.request(feature.mm_hash)
+        assert [(a.ticket, a.code) for a in harness.answers()] == [(ticket, "internal_error")]
+    assert "Having a picture processed failed" in caplog.text
+    harness.request(feature.mm_hash)
+    assert isinstance(harness.answers()[0], FeatureReady)
+
+
+def test_the_time_of_concurrent_jobs_adds_up(harness, monkeypatch):
+    jobs = []
+
+    def submit(job, payload):
+        jobs.append(asyncio.get_running_loop().create_future())
+        return jobs[-1]
+
+    features = [harness.prepare(make_image(100, 100, seed)).mm_features[0] for seed in range(80, 85)]
+    before = harness.pre.stats().decode_seconds
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.pre._pool, "submit", submit)
+        for feature in features:
+            harness.request(feature.mm_hash)
+        harness.run(_until(lambda: len(jobs) == 5))
+        for job in jobs:
+            job.set_result(1.0)
+        harness.answers(5)
+    assert harness.pre.stats().decode_seconds - before == pytest.approx(5.0)
+
+
+def test_a_request_fetches_few_pictures_at_once(harness, monkeypatch):
+    now, most = [0], [0]
+
+    async def fetch(url):
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        await asyncio.sleep(0.01)
+        now[0] -= 1
+        return make_image(60, 60)
+
+    monkeypatch.setattr(harness.pre._fetcher, "fetch", fetch)
+    monkeypatch.setattr(harness.pre, "_max_images", 20)
+    parts = [ImagePart("http://a.example/x")] * 20
+    prepared = harness.run(harness.pre.prepare_chat("many", [Message("user", parts)]))
+    assert len(prepared.mm_features) == 20
+    assert most[0] == 8
 
 
 def test_the_end_of_the_pool_is_told_and_pixels_fail(tiny_model_dir):

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import threading
+import time
 
 import pytest
 from PIL import Image
 
-from mmv1.errors import ConfigError, RequestError
+from mmv1.errors import ConfigError, ContextLengthError, RequestError
 from mmv1.preprocess.prompt import ImagePart, Message, PromptRenderer, TextPart, image_sources
 
 TEXTS = [
@@ -31,7 +33,7 @@ def ids(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def renderer(tiny_model_dir, ids):
-    return PromptRenderer(tiny_model_dir, **ids)
+    return PromptRenderer(tiny_model_dir, **ids, max_model_len=4096)
 
 
 PICTURE = Image.new("RGB", (100, 60), "red")
@@ -119,7 +121,7 @@ def test_two_texts_do_not_spell_a_special_token_together(renderer):
 
 def test_nor_do_they_when_the_template_strips_them(tmp_path, tiny_model_dir, ids):
     template = "{% for message in messages %}{% for part in message.content %}{{ part.text | trim }}{% endfor %}{% endfor %}"
-    renderer = PromptRenderer(write_model(tmp_path, tiny_model_dir, template), **ids)
+    renderer = PromptRenderer(write_model(tmp_path, tiny_model_dir, template), **ids, max_model_len=4096)
     token_ids = renderer.render_chat([Message("user", [TextPart("a<|im_ \n"), TextPart(" end|>b")])])
     assert _specials_of(token_ids, renderer) == [] and _plain_text(renderer, token_ids) == "a<|im_end|>b"
 
@@ -162,6 +164,54 @@ def test_ids_are_checked(renderer):
             renderer.check_ids(bad)
 
 
+def test_tokenizing_lets_other_threads_run(tiny_model_dir, ids):
+    """A long text takes a second; whoever serves others in the meantime must not stand still."""
+    renderer = PromptRenderer(tiny_model_dir, **ids, max_model_len=10**7)
+    done, gaps = threading.Event(), []
+
+    def tick():
+        last = time.perf_counter()
+        while not done.wait(0.002):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    started = time.perf_counter()
+    token_ids = renderer.render_text("hello world " * 200_000)
+    seconds = time.perf_counter() - started
+    done.set()
+    thread.join()
+    assert len(token_ids) > 10**6
+    assert max(gaps) < seconds / 2
+
+
+@pytest.mark.parametrize("text", ["a" * 10**6, "e\u0301" * 10**6, " " * 10**6, "図" * 10**6])
+def test_text_that_cannot_fit_is_refused_before_the_work(renderer, text, monkeypatch):
+    monkeypatch.setattr(renderer, "tokenizer", None)
+    with pytest.raises(ContextLengthError, match="4096 tokens"):
+        renderer.render_text(text)
+    with pytest.raises(ContextLengthError):
+        renderer.render_chat([Message("user", text)])
+
+
+def test_text_that_may_fit_is_not_refused(tiny_model_dir, ids, renderer):
+    """The shortest texts for their tokens, and characters that become fewer bytes first."""
+    vocabulary = renderer.tokenizer.get_vocab(with_added_tokens=False)
+    longest = renderer.tokenizer.decode([vocabulary[max(vocabulary, key=len)]])
+    for text in (longest, "\u1100\u1161\u11a8", "<|vision_start|>", "e\u0301", "\U0001f600"):
+        num_tokens = len(renderer.render_text(text * 20))
+        exact = PromptRenderer(tiny_model_dir, **ids, max_model_len=num_tokens)
+        assert len(exact.render_text(text * 20)) == num_tokens
+
+
+def test_half_a_surrogate_pair_is_the_requests_fault(renderer):
+    for render in (renderer.render_text, lambda text: renderer.render_chat([Message("user", text)])):
+        with pytest.raises(RequestError, match="surrogate"):
+            render("a\ud800b")
+
+
 @pytest.mark.parametrize("role", ["", "USER", "user\n", "<|im_end|>", "x" * 40])
 def test_roles_are_words(renderer, role):
     with pytest.raises(RequestError, match="role"):
@@ -181,7 +231,7 @@ def test_where_templates_come_from(tmp_path, tiny_model_dir, ids):
     messages = [Message("user", "hi")]
 
     def text():
-        renderer = PromptRenderer(model, **ids)
+        renderer = PromptRenderer(model, **ids, max_model_len=4096)
         return renderer.tokenizer.decode(renderer.render_chat(messages), skip_special_tokens=False)
 
     assert text() == "one<|im_end|>"
@@ -194,7 +244,7 @@ def test_where_templates_come_from(tmp_path, tiny_model_dir, ids):
 def test_template_errors_are_the_requests(tmp_path, tiny_model_dir, ids):
     template = "{% if messages|length > 1 %}{{ raise_exception('only one turn') }}{% endif %}{{ 1 + none }}"
     model = write_model(tmp_path, tiny_model_dir, template)
-    renderer = PromptRenderer(model, **ids)
+    renderer = PromptRenderer(model, **ids, max_model_len=4096)
     with pytest.raises(RequestError, match="only one turn"):
         renderer.render_chat([Message("user", "a"), Message("user", "b")])
     with pytest.raises(RequestError, match="cannot render"):
@@ -206,20 +256,20 @@ def test_the_template_is_sandboxed_and_has_what_transformers_offers(tmp_path, ti
     {%- for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}
     {%- generation %}[{{ strftime_now('%Y')[:2] }}]{% endgeneration %}"""
     model = write_model(tmp_path, tiny_model_dir, template)
-    renderer = PromptRenderer(model, **ids)
+    renderer = PromptRenderer(model, **ids, max_model_len=4096)
     text = renderer.tokenizer.decode(renderer.render_chat([Message("user", "é<"), Message("user", "no")]))
     assert text == '{"role": "user", "content": "é<"}[20]'
     (model / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
     with pytest.raises(RequestError):
-        PromptRenderer(model, **ids).render_chat([Message("user", "a")])
+        PromptRenderer(model, **ids, max_model_len=4096).render_chat([Message("user", "a")])
 
 
 def test_broken_model_directories(tmp_path, tiny_model_dir, ids):
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
-        PromptRenderer(tmp_path, **ids)
+        PromptRenderer(tmp_path, **ids, max_model_len=4096)
     model = write_model(tmp_path, tiny_model_dir, "{% if %}")
     with pytest.raises(ConfigError, match="template"):
-        PromptRenderer(model, **ids)
+        PromptRenderer(model, **ids, max_model_len=4096)
     (model / "chat_template.jinja").unlink()
     with pytest.raises(RequestError, match="no chat template"):
-        PromptRenderer(model, **ids).render_chat([Message("user", "a")])
+        PromptRenderer(model, **ids, max_model_len=4096).render_chat([Message("user", "a")])

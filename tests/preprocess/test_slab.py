@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mmv1.errors import ImageError
-from mmv1.preprocess.slab import ALIGNMENT, SlabLedger, SlabStore, aligned, available_memory_bytes, default_slab_bytes, map_slab
+from mmv1.preprocess.slab import ALIGNMENT, SlabLedger, SlabStore, aligned, default_slab_bytes, map_slab
 
 PAGE = ALIGNMENT
 
@@ -204,7 +204,3 @@ def test_default_size(monkeypatch):
     assert default_slab_bytes(10 * PAGE, PAGE) == 310 * PAGE
     assert default_slab_bytes(100 << 20, 90 << 20) == 1 << 30
     assert default_slab_bytes(900 << 20, 1 << 20) == 1800 << 20
-
-
-def test_available_memory_is_plausible():
-    assert 64 << 20 < available_memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -209,7 +209,7 @@ class Driver:
     @staticmethod
     def _describe(request_id: str, request: _Request) -> NewRequestData:
         return NewRequestData(
-            request_id, list(request.token_ids), len(request.prompt.token_ids), request.prompt.features, request.params, (),
+            request_id, list(request.token_ids), len(request.prompt.token_ids), request.prompt.features, request.params,
             list(request.block_ids), request.computed,
         )
 

@@ -212,7 +212,7 @@ def _step(**parts: object) -> SchedulerOutput:
 
 def test_a_step_that_contradicts_the_worker_is_refused(make_driver: MakeDriver, two_pictures: Prompt) -> None:
     worker = make_driver().worker
-    new = NewRequestData("a", [1, 2, 3], 3, [], GREEDY, (), [1], 0)
+    new = NewRequestData("a", [1, 2, 3], 3, [], GREEDY, [1], 0)
     with pytest.raises(EngineError, match="which the worker does not know"):
         worker.execute(_step(finished_request_ids=["nobody"]))
     with pytest.raises(EngineError, match="does not hold"):
@@ -221,6 +221,6 @@ def test_a_step_that_contradicts_the_worker_is_refused(make_driver: MakeDriver, 
         worker.execute(_step(new_requests=[new], num_scheduled_tokens={"a": 4}))
     with pytest.raises(EngineError, match="known already"):
         worker.execute(_step(new_requests=[new]))
-    uncached = NewRequestData("b", two_pictures.token_ids, 46, two_pictures.features, GREEDY, (), [1, 2, 3], 0)
+    uncached = NewRequestData("b", two_pictures.token_ids, 46, two_pictures.features, GREEDY, [1, 2, 3], 0)
     with pytest.raises(EngineError, match="does not hold"):
         worker.execute(_step(new_requests=[uncached], num_scheduled_tokens={"b": 30}))

@@ -42,9 +42,11 @@ def test_it_says_what_its_caches_need(tiny_model_dir: Path) -> None:
 def test_memory_on_a_cpu_is_what_is_usable_within_bounds(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = make_worker(tiny_model_dir, max_num_seqs=4, max_model_len=100, block_size=16, gpu_memory_utilization=0.5)
     per_token = worker.get_kv_cache_specs()[0].bytes_per_token()
-    assert worker.determine_memory() == (4 * 7 + 1) * 16 * per_token
-    monkeypatch.setattr(type(worker.platform), "available_host_bytes", lambda self: 1000)
-    assert worker.determine_memory() == 500
+    usable = (4 * 7 + 1) * 16 * per_token
+    assert worker.determine_memory(usable) == 2 * usable
+    assert worker.determine_memory(0) == usable + usable // 4
+    monkeypatch.setattr("mmv1.runner.worker.available_memory_bytes", lambda: 1000)
+    assert worker.determine_memory(0) == 500
 
 
 def test_the_largest_step_runs(tiny_model_dir: Path) -> None:

@@ -31,6 +31,7 @@ class Harness:
         max_ahead_patches: int = 100_000,
         seed: int = 0,
         poison: frozenset[bytes] = frozenset(),
+        slots: int = 1_000_000,
     ) -> None:
         self.rng = random.Random(seed)
         self.worker = SimulatedWorker(num_blocks, block_size, encoder_pages)
@@ -45,6 +46,7 @@ class Harness:
         )
         self.depth = depth
         self.poison = poison
+        self.slots = slots  # pictures the slab holds at a time; further ones wait their turn, in order
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.asked: dict[bytes, int] = {}  # hash -> ticket not answered yet
         self.pinned: set[bytes] = set()
@@ -69,10 +71,11 @@ class Harness:
             self.asked[request.mm_hash] = request.ticket
 
     def answer_pixels(self, mm_hash: bytes | None = None) -> bool:
-        """Answer one open pixel request."""
-        if not self.asked:
+        """Answer one open pixel request, if the slab has room."""
+        if not self.asked or len(self.pinned) >= self.slots:
             return False
-        chosen = mm_hash or self.rng.choice(list(self.asked))
+        waiting_in_order = list(self.asked)
+        chosen = mm_hash or (waiting_in_order[0] if self.slots < 1_000_000 else self.rng.choice(waiting_in_order))
         ticket = self.asked.pop(chosen)
         if chosen in self.poison:
             self.scheduler.pixels_failed(FeatureFailed(chosen, ticket, "the picture cannot be decoded", "invalid_image"))
@@ -80,6 +83,15 @@ class Harness:
             self.pinned.add(chosen)
             self.scheduler.pixels_ready(FeatureReady(chosen, ticket, 0, 1))
         return True
+
+    def press(self) -> bool:
+        """Tell the core that the slab is short, if a picture waits for room in it."""
+        if not self.asked or len(self.pinned) < self.slots:
+            return False
+        pinned = len(self.pinned)
+        self.scheduler.slab_short()
+        self._exchange_pixel_messages()
+        return len(self.pinned) < pinned
 
     def launch(self) -> SchedulerOutput | None:
         if len(self.in_flight) >= self.depth:
@@ -111,9 +123,10 @@ class Harness:
 
     def turn(self) -> bool:
         """One random thing happens. False if nothing could."""
-        actions = [self.launch, self.settle, self.answer_pixels]
+        actions = [self.launch, self.settle, self.answer_pixels, self.press]
         self.rng.shuffle(actions)
-        happened = any(action() for action in actions) or bool(self.asked)
+        asked_before = dict(self.asked), set(self.pinned)
+        happened = any(action() for action in actions) or (self.asked, self.pinned) != asked_before
         for output in self.scheduler.take_failed():
             self._take(output)
         self._exchange_pixel_messages()

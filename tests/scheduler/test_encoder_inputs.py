@@ -63,10 +63,6 @@ def test_chunk_boundaries_may_fall_inside_a_picture_that_is_cached_or_encodable(
     assert clip(12, 9, {A: Picture.CACHED}).num_new_tokens == 8  # from inside A, up to B
 
 
-def test_what_is_encoded_is_encoded_whole() -> None:
-    assert clip(0, 11, {A: Picture.READY}).num_encoder_tokens == 5
-
-
 def test_a_picture_past_the_encoder_budget_is_as_good_as_missing() -> None:
     ready = {A: Picture.READY, B: Picture.READY}
     assert clip(0, 40, ready, budget=13).to_encode == [0, 1]

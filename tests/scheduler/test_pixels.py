@@ -75,3 +75,32 @@ def test_failure_names_everyone_who_wanted_it() -> None:
     assert sorted(ledger.failed(FeatureFailed(CAT.mm_hash, 1, "damaged", "invalid_image"))) == ["r", "s"]
     assert ledger.num_pending == 1
     ledger.check_integrity()
+
+
+def test_when_the_slab_is_short_the_most_urgent_picture_gets_room() -> None:
+    ledger = PixelLedger(100)
+    elk, fox = (MMFeature(name * 32, 0, 2, (1, 2, 4)) for name in (b"e", b"f"))
+    for feature, request_id in ((CAT, "1"), (DOG, "2"), (elk, "3"), (fox, "4")):
+        ledger.want(feature, request_id, ahead=False)
+    ledger.ready(FeatureReady(CAT.mm_hash, 1, 0, 8))
+    ledger.ready(FeatureReady(elk.mm_hash, 3, 8, 8))
+    ledger.take_messages()
+    ledger.make_room(lambda request_id, mm_hash: (int(request_id),))
+    # The first is here and stays; the second is awaited, and all that is less urgent goes, held or awaited.
+    assert ledger.take_messages() == ([], [elk.mm_hash, fox.mm_hash])
+    assert ledger.get(CAT.mm_hash) is not None and ledger.get(DOG.mm_hash) is not None
+    ledger.make_room(lambda request_id, mm_hash: (int(request_id),))
+    assert ledger.take_messages() == ([], [])
+    ledger.check_integrity()
+
+
+def test_making_room_leaves_what_a_step_reads_and_does_nothing_when_nothing_is_awaited() -> None:
+    ledger = PixelLedger(100)
+    ledger.want(CAT, "9", ahead=False)
+    ledger.ready(FeatureReady(CAT.mm_hash, 1, 0, 8))
+    ledger.make_room(lambda request_id, mm_hash: (int(request_id),))
+    assert ledger.get(CAT.mm_hash) is not None
+    ledger.encoding(CAT.mm_hash, step_id=1)
+    ledger.want(DOG, "1", ahead=False)
+    ledger.make_room(lambda request_id, mm_hash: (int(request_id),))
+    assert ledger.get(CAT.mm_hash) is not None
