@@ -11,7 +11,6 @@ from mmv1.errors import RequestError
 from mmv1.types import SamplingParams
 
 MAX_N = 256
-MAX_LOGPROBS = 20
 _ABOVE_ZERO = ("top_p", "repetition_penalty")
 _MAX_INT32, _MAX_INT64 = (1 << 31) - 1, (1 << 63) - 1
 
@@ -29,7 +28,7 @@ def check_sampling_params(params: SamplingParams) -> SamplingParams:
         ("top_k", -1, _MAX_INT32),
         ("seed", -_MAX_INT64 - 1, _MAX_INT64),
         ("max_tokens", 1, _MAX_INT64),
-        ("logprobs", 0, MAX_LOGPROBS),
+        ("logprobs", 0, _MAX_INT32),
     ):
         value = getattr(params, name)
         if not (value is None and name in ("seed", "max_tokens", "logprobs")) and not _is_int(value, low, high):

@@ -44,7 +44,7 @@ WRONG: dict[str, list[Any]] = {
     "presence_penalty": [-2.1, 2.1, math.nan, None],
     "frequency_penalty": [-2.1, 2.1, math.inf],
     "repetition_penalty": [0, -1, math.inf, math.nan],
-    "logprobs": [-1, 21, 1.0, True],
+    "logprobs": [-1, 1.0, True],
 }
 
 

@@ -114,7 +114,7 @@ def test_every_number_is_in_the_fingerprint():
     [
         {"resample": 1}, {"resample": "bicubic"}, {"do_resize": False}, {"min_pixels": 2, "max_pixels": 1},
         {"min_pixels": "many"}, {"max_pixels": 0}, {"max_pixels": 1 << 60}, {"size": 3}, {"size": {"longest_edge": [1]}},
-        {"patch_size": "14"}, {"patch_size": -14}, {"merge_size": 0}, {"temporal_patch_size": None, "merge_size": 1.5}, {"rescale_factor": "x"},
+        {"patch_size": "14"}, {"patch_size": -14}, {"merge_size": 0}, {"merge_size": 1.5}, {"rescale_factor": "x"},
         {"rescale_factor": 0}, {"image_mean": 0.5}, {"image_mean": ["a", "b", "c"]}, {"image_std": [0.0, 0.1, 0.1]},
         {"image_std": [0.1]},
     ],
