@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -33,6 +34,8 @@ HELD_OUT_PAIRS = frozenset({
 })
 FACES = ("sans-bold", "serif", "mono-bold", "sans-oblique")
 MIN_SIDE, MAX_SIDE = 56, 448  # pixels
+# In training, this part of the pictures of shapes is in colours without a name: shapes are to be learnt apart from colours.
+UNNAMED = 0.15
 MAX_ASPECT = 5.0
 MIN_DX, MIN_DY = 0.09, 0.12  # of the width and height: the least distance of centres that is asked about
 _SIZE_RANGE = {"large": (0.36, 0.46), "small": (0.17, 0.22)}  # diameter, as a part of the shorter side
@@ -54,6 +57,7 @@ class Item:
     text: str = ""
     style: int = 0  # rotation in degrees of a shape, face of a print, which scan of a digit
     order: float = 0.0  # who lies on top
+    ink: tuple[int, int, int] | None = None  # a colour that has no name here; `colour` is then empty
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -69,6 +73,10 @@ class Scene:
     texture: str
     seed: int  # of the texture and the small changes of colour
     quality: int  # of the JPEG; 0 is a PNG
+
+    @property
+    def colours_have_names(self) -> bool:
+        return all(item.colour for item in self.items)
 
     @property
     def shapes(self) -> list[Item]:
@@ -90,13 +98,13 @@ class Scene:
 def draw_scene(rng: random.Random, held_out: bool, *, kind: str = "", max_side: int = MAX_SIDE) -> Scene:
     """A scene of `kind`: "shapes", "print", "digit" or "mixed", or drawn. Held out: pairs, words, numbers and scans that
     training never sees are among those shown."""
-    kind = kind or rng.choices(("shapes", "print", "digit", "mixed"), (58, 20, 11, 11))[0]
+    kind = kind or rng.choices(("shapes", "print", "digit", "mixed"), (50, 28, 11, 11))[0]
+    base = rng.randint(112, 196)
     while True:
         width, height = _draw_size(rng, kind, max_side)
-        items = _draw_items(rng, kind, width, height, held_out)
+        items = _draw_items(rng, kind, width, height, held_out, base)
         if items:
             break
-    base = rng.randint(112, 196)
     ground = tuple(base + rng.randint(-16, 16) for _ in range(3))
     texture = rng.choice(("plain", "gradient", "noise", "stripes", "checks", "blobs"))
     quality = rng.randint(60, 95) if rng.random() < 0.6 else 0
@@ -115,35 +123,40 @@ def _draw_size(rng: random.Random, kind: str, max_side: int) -> tuple[int, int]:
             return width, height
 
 
-def _draw_items(rng: random.Random, kind: str, width: int, height: int, held_out: bool) -> list[Item]:
+def _draw_items(rng: random.Random, kind: str, width: int, height: int, held_out: bool, base: int) -> list[Item]:
     """As many things as were drawn and found room. Print goes first, it needs the most room."""
-    items: list[Item] = []
+    items: list[Any] = []
     if kind in ("print", "mixed") and (kind == "print" or rng.random() < 0.7):
-        items.append(_draw_print(rng, width, height, held_out, items))
+        items.append(_draw_print(rng, width, height, held_out, base))
     elif kind in ("digit", "mixed"):
-        items.append(_draw_digit(rng, width, height, held_out, items))
+        items.append(_draw_digit(rng, width, height, held_out, base, items))
         if kind == "digit" and rng.random() < 0.3 and width >= 84:
-            items.append(_draw_digit(rng, width, height, held_out, items))
-    if not all(items):
+            items.append(_draw_digit(rng, width, height, held_out, base, items))
+    if None in items:
         return []
     if kind in ("shapes", "mixed"):
+        unnamed = not held_out and kind == "shapes" and rng.random() < UNNAMED
         wanted = rng.choices((1, 2, 3, 4), (22, 30, 28, 20))[0] if kind == "shapes" else rng.randint(1, 2)
         overlap = rng.random() < 0.3
-        shown = [_draw_shape(rng, width, height, held_out, items, overlap) for _ in range(wanted)]
+        shown = [_draw_shape(rng, width, height, held_out, items, overlap, unnamed) for _ in range(wanted)]
         return items if any(shown) else []
     return items
 
 
-def _draw_shape(rng: random.Random, width: int, height: int, held_out: bool, items: list[Item], overlap: bool) -> bool:
+def _draw_shape(
+    rng: random.Random, width: int, height: int, held_out: bool, items: list[Item], overlap: bool, unnamed: bool
+) -> bool:
     """Adds one shape where there is room; False if none was found."""
     short = min(width, height)
     for _ in range(24):
-        colour, shape = draw_pair(rng, held_out)
+        (colour, shape), ink = draw_pair(rng, held_out), None
+        if unnamed:
+            colour, shape, ink = "", *_draw_unnamed(rng)
         size = rng.choice(SIZES) if short >= _SMALL_FROM else "large"
         side = rng.uniform(*_SIZE_RANGE[size]) * short
         place = _draw_place(rng, width, height, side, side)
         item = Item("shape", colour, *place, side, side, shape, size, style=rng.randint(-8, 8),
-                    order=(size == "small") + rng.random() / 2)
+                    order=(size == "small") + rng.random() / 2, ink=ink)
         if all(_has_room(item, other, width, overlap) for other in items):
             items.append(item)
             return True
@@ -151,13 +164,23 @@ def _draw_shape(rng: random.Random, width: int, height: int, held_out: bool, ite
 
 
 def draw_pair(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    """A colour and a shape that may be shown; held out, about one in four is a pair training never saw."""
+    """A colour and a shape that may be shown; held out, about one in four is a pair that training never sees."""
     if held_out and rng.random() < 0.15:
         return rng.choice(sorted(HELD_OUT_PAIRS))
     while True:
         pair = rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
         if held_out or pair not in HELD_OUT_PAIRS:
             return pair
+
+
+def _draw_unnamed(rng: random.Random) -> tuple[str, tuple[int, int, int]]:
+    """A shape and a strong colour far from every one that has a name, farthest from the one held out for that shape."""
+    shape = rng.choice(SHAPES)
+    least = {colour: 110 if (colour, shape) in HELD_OUT_PAIRS else 60 for colour in COLOURS}
+    while True:
+        ink = rng.randrange(256), rng.randrange(256), rng.randrange(256)
+        if max(ink) - min(ink) > 100 and all(math.dist(ink, COLOURS[name]) > least[name] for name in COLOURS):
+            return shape, ink
 
 
 def _draw_place(rng: random.Random, width: int, height: int, item_width: float, item_height: float) -> tuple[float, float]:
@@ -170,33 +193,33 @@ def _has_room(item: Item, other: Item, width: int, overlap: bool) -> bool:
     if dx < max(14.0, MIN_DX * width):
         return False
     if item.kind == other.kind == "shape":
-        if any(item.pair == other.pair for _ in (0,)) and overlap:
-            return False
         gap = math.hypot(dx, dy) / ((item.width + other.width) / 2)
         return gap > 1.12 or (overlap and item.colour != other.colour and gap > 0.8)
     return dx > (item.width + other.width) / 2 + 4 or dy > (item.height + other.height) / 2 + 4
 
 
-def _draw_print(rng: random.Random, width: int, height: int, held_out: bool, items: list[Item]) -> Item | None:
-    """A word or a number, with capitals at least 16 pixels high; None if it does not fit."""
+def _draw_print(rng: random.Random, width: int, height: int, held_out: bool, base: int) -> Item | None:
+    """A word or a number, with capitals at least 20 pixels high; None if it does not fit."""
     kind = "word" if rng.random() < 0.6 else "number"
     text = (draw_word if kind == "word" else draw_number)(rng, held_out)
     face = rng.randrange(len(FACES))
     largest = min(0.8 * height, 72.0)
     unit = _font(face, 100).getlength(text) / 100  # the text's width over the font's size
     largest = min(largest, (width - 10) / unit)
-    if largest < 22:
+    if largest < 28:
         return None
-    points = int(rng.uniform(max(22.0, 0.45 * largest), largest))
+    points = int(rng.uniform(max(28.0, 0.45 * largest), largest))
     left, top, right, bottom = _font(face, points).getbbox(text, anchor="ls")
     box = right - left + 2, bottom - top + 2
     if box[0] > width - 6 or box[1] > height - 6:
         return None
     x, y = _draw_place(rng, width, height, *box)
-    return Item(kind, rng.choice(tuple(COLOURS)), x, y, *box, text=text, style=face * 1000 + points, order=2)
+    return Item(kind, rng.choice(_inks(base)), x, y, *box, text=text, style=face * 1000 + points, order=2)
 
 
-def _draw_digit(rng: random.Random, width: int, height: int, held_out: bool, items: list[Item]) -> Item | None:
+def _draw_digit(
+    rng: random.Random, width: int, height: int, held_out: bool, base: int, items: list[Item | None]
+) -> Item | None:
     """One scanned digit, at least 32 pixels high; None if it does not fit."""
     _, labels = scans()
     while True:
@@ -208,11 +231,15 @@ def _draw_digit(rng: random.Random, width: int, height: int, held_out: bool, ite
         if side < 32:
             return None
         x, y = _draw_place(rng, width, height, side, side)
-        colour = rng.choice(("black", "blue", "white", "red"))
-        item = Item("digit", colour, x, y, side, side, text=str(labels[scan]), style=scan, order=2)
-        if all(_has_room(item, other, width, False) for other in items):
+        item = Item("digit", rng.choice(_inks(base)), x, y, side, side, text=str(labels[scan]), style=scan, order=2)
+        if all(other is not None and _has_room(item, other, width, False) for other in items):
             return item
     return None
+
+
+def _inks(base: int) -> list[str]:
+    """The colours that are clearly lighter or darker than a background of brightness `base`."""
+    return [name for name, (red, green, blue) in COLOURS.items() if abs(0.3 * red + 0.59 * green + 0.11 * blue - base) > 45]
 
 
 # --- drawing pictures
@@ -224,14 +251,14 @@ def render(scene: Scene) -> Image.Image:
     picture = Image.fromarray(_ground(scene, noise))
     for item in sorted(scene.items, key=lambda item: item.order):
         left, top = round(item.x - item.width / 2), round(item.y - item.height / 2)
-        ink = tuple(int(value) for value in np.clip(np.array(COLOURS[item.colour]) + noise.integers(-12, 13, 3), 0, 255))
+        ink = np.clip(np.array(item.ink or COLOURS[item.colour]) + noise.integers(-12, 13, 3), 0, 255).tolist()
         if item.kind == "shape":
             mask = _shape_mask(item.shape, round(item.width), item.style)
         elif item.kind == "digit":
             mask = _digit_mask(item.style, round(item.width), noise)
         else:
             mask = _print_mask(item)
-        picture.paste(ink, (left, top), mask)
+        picture.paste(tuple(ink), (left, top), mask)
     return picture
 
 
@@ -270,7 +297,8 @@ def _shape_mask(shape: str, side: int, angle: int) -> Image.Image:
     else:
         turn = math.radians(angle)
         cos, sin, half = math.cos(turn), math.sin(turn), fine / 2
-        draw.polygon([(half + half * (x * cos - y * sin), half + half * (x * sin + y * cos)) for x, y in _OUTLINES[shape]], fill=255)
+        turned = [(x * cos - y * sin, x * sin + y * cos) for x, y in _OUTLINES[shape]]
+        draw.polygon([(half + half * x, half + half * y) for x, y in turned], fill=255)
     return mask.reduce(4)
 
 
@@ -322,9 +350,5 @@ def _digit_mask(scan: int, side: int, noise: np.random.Generator) -> Image.Image
     a, b, d, e = cos * across, (sin + slant) * across, -sin * down, cos * down
     steps = (a, b, half - a * half - b * half, d, e, half - d * half - e * half)
     mask = fine.transform((side, side), Image.Transform.AFFINE, steps, Image.Resampling.BILINEAR)
-    return mask.point(lambda value: min(255, max(0, int((value - 40) * 1.6))))
+    return mask.point(lambda value: min(255, max(0, int((value - 55) * 1.5))))
 
-
-def moved(scene: Scene, seed: int) -> Scene:
-    """The same things on another background: for tests that the answer follows what is shown."""
-    return replace(scene, seed=seed)

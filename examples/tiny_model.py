@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,8 @@ def make_tiny_model(
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    token_ids = _write_tokenizer(out)
-    _write_json(out / "preprocessor_config.json", _processor_config(min_pixels, max_pixels) | {
-        "image_processor_type": "Qwen2VLImageProcessor",
-    })
-    _write_json(out / "video_preprocessor_config.json", _processor_config(min_pixels, max_pixels) | {
-        "video_processor_type": "Qwen2VLVideoProcessor",
-    })
-    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    token_ids = write_tokenizer(out, TRAINING_TEXT, vocab_size=512)
+    write_processor_files(out, min_pixels, max_pixels)
 
     config = _model_config(token_ids, max_position_embeddings, tie_word_embeddings)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
@@ -102,8 +97,8 @@ def make_tiny_model(
     return out
 
 
-def _write_tokenizer(out: Path) -> dict[str, int]:
-    """Train a byte-level BPE of 512 entries, save it, and return the vocabulary, special tokens included."""
+def write_tokenizer(out: Path, texts: Iterable[str], *, vocab_size: int) -> dict[str, int]:
+    """Train a byte-level BPE of `vocab_size` entries on `texts`, save it, and return the vocabulary, special tokens included."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -114,8 +109,8 @@ def _write_tokenizer(out: Path) -> dict[str, int]:
     ])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, show_progress=False, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.save(str(out / "tokenizer.json"))
     _write_json(out / "tokenizer_config.json", {
@@ -131,6 +126,17 @@ def _write_tokenizer(out: Path) -> dict[str, int]:
         "model_max_length": 131072,
     })
     return dict(tokenizer.get_vocab(with_added_tokens=True))
+
+
+def write_processor_files(out: Path, min_pixels: int, max_pixels: int) -> None:
+    """The image and the video processor's settings and the chat template."""
+    _write_json(out / "preprocessor_config.json", _processor_config(min_pixels, max_pixels) | {
+        "image_processor_type": "Qwen2VLImageProcessor",
+    })
+    _write_json(out / "video_preprocessor_config.json", _processor_config(min_pixels, max_pixels) | {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+    })
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
 def _processor_config(min_pixels: int, max_pixels: int) -> dict[str, Any]:

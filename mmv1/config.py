@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 from mmv1.errors import ConfigError
 
+DEMO_MODEL = "qwen2.5-vl-demo"
+
 DTypeName = Literal["auto", "bfloat16", "float16", "float32"]
 HashAlgorithm = Literal["blake3", "sha256", "xxh3"]
 
@@ -32,7 +34,9 @@ def _arg(default: Any, help: str, group: str = "Engine", **extra: Any) -> Any:
 class EngineArgs:
     """The user's words. `None` means: choose for me."""
 
-    model: str = _arg("", "model directory, or an id on the Hugging Face hub", "Model", positional=True)
+    model: str = _arg(
+        "", "model directory, or an id on the Hugging Face hub; default: the small demo model", "Model", positional=True
+    )
     served_model_name: str | None = _arg(None, "name in the API; default: the model's", "Model")
     dtype: DTypeName = _arg("auto", "type of weights and activations; auto: the checkpoint's, float32 on a CPU", "Model")
     load_format: Literal["auto", "dummy"] = _arg("auto", "dummy: random weights, for benchmarks", "Model")
@@ -122,8 +126,20 @@ class EngineConfig:
     preprocess: PreprocessConfig
 
 
+def demo_model_dir() -> Path:
+    """The small model that mmv1 brings along: in an installed package, or in the repository beside it. Raises ConfigError."""
+    package = Path(__file__).parent
+    for path in (package / "demo_model", package.parent / "demo_model" / DEMO_MODEL):
+        if (path / "config.json").is_file():
+            return path
+    raise ConfigError("no model is named, and the demo model is not installed: give a model directory or a hub id")
+
+
 def find_model_dir(model: str) -> Path:
-    """A local directory as it is; else a hub id, downloaded without anything that could be code. Raises ConfigError."""
+    """A local directory as it is; without a name the demo model; else a hub id, downloaded without anything that could be
+    code. Raises ConfigError."""
+    if not model:
+        return demo_model_dir()
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -263,7 +279,7 @@ def _resolve_model(args: EngineArgs, *, on_cpu: bool) -> ModelConfig:
         raise ConfigError(f"dtype '{dtype}' is not supported: give --dtype bfloat16, float16 or float32")
     return ModelConfig(
         path=str(model_dir),
-        served_model_name=args.served_model_name or args.model,
+        served_model_name=args.served_model_name or args.model or DEMO_MODEL,
         architecture=str(architectures[0]),
         hf_config=hf_config,
         dtype=dtype,

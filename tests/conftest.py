@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from tests.oracle import HFOracle
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for a model
+# Before torch is imported: its threads would spin while they wait, and slow down whatever else runs on the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -131,6 +131,11 @@ def test_model_directories_that_cannot_work_are_named(
         resolve(EngineArgs(model=model_dir(tmp_path, config)))
 
 
+def test_without_a_name_it_is_the_demo_model() -> None:
+    model = resolve(EngineArgs()).model
+    assert model.served_model_name == "qwen2.5-vl-demo" and (Path(model.path) / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "one", "a/b/c"])
 def test_a_name_that_is_neither_a_directory_nor_a_hub_id(name: str) -> None:
     with pytest.raises(ConfigError, match="no model directory"):

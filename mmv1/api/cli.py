@@ -26,7 +26,7 @@ def add_engine_args(parser: argparse.ArgumentParser) -> None:
         heading = field.metadata["group"]
         group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         if field.metadata.get("positional"):
-            group.add_argument(field.name, help=field.metadata["help"])
+            group.add_argument(field.name, nargs="?", default="", help=field.metadata["help"])
             continue
         default = getattr(defaults, field.name)
         shown = "" if default in (None, [], {}) else f" (default: {_spelled(default)})"

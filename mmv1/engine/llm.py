@@ -43,8 +43,8 @@ _URL_SCHEMES = ("http://", "https://", "data:")
 class LLM:
     """Settings are EngineArgs' fields. A context manager; `close` (or the end of the script) ends its processes."""
 
-    def __init__(self, model: str | Path, **engine_args: Any) -> None:
-        """Starts the engine. Raises ConfigError, EngineDeadError."""
+    def __init__(self, model: str | Path = "", **engine_args: Any) -> None:
+        """Starts the engine, on the demo model if none is named. Raises ConfigError, EngineDeadError."""
         config = resolve(EngineArgs(model=str(model), **engine_args))
         self._max_open = 2 * config.scheduler.max_num_seqs
         self._seed = config.model.seed

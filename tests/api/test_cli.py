@@ -27,6 +27,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_without_options_the_defaults_hold() -> None:
     assert parse() == EngineArgs(model="some/model")
+    assert cli._engine_args(cli.make_parser().parse_args(["serve"])) == EngineArgs()  # the demo model
 
 
 def test_every_setting_is_an_option() -> None:
