@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import random
 import statistics
 import time
 from pathlib import Path
+
+from environment import describe
 
 from mmv1.encoder_cache.manager import EncoderCacheManager
 from mmv1.kv.block_hash import BlockHasher
@@ -105,8 +106,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:30} {value:8.3f}" + (f"   (goal: at most {limits[name]:g})" if name in limits else ""))
     if args.json:
-        versions = {"python": platform.python_version(), "machine": platform.machine()}
-        args.json.write_text(json.dumps({**versions, **figures}, indent=1))
+        args.json.write_text(json.dumps({**describe(), **figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

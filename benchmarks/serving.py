@@ -13,7 +13,6 @@ import asyncio
 import io
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pybase64
+from environment import describe
 from PIL import Image
 
 # As `mmv1 serve` starts its engine on a CPU; transformers gets the same, before torch is imported: it is as good for it.
@@ -159,8 +159,7 @@ def main() -> None:
     memory = figures["api_server_resident_mib"]
     print(f"API server, resident memory    {memory:8.0f} MiB after {NUM_REQUESTS} requests (goal: below 250)")
     if args.json:
-        versions = {"python": platform.python_version(), "cpus": os.cpu_count()}
-        args.json.write_text(json.dumps({**versions, **figures}, indent=1))
+        args.json.write_text(json.dumps({**describe(), **figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
