@@ -73,6 +73,7 @@ class EngineCore:
         """Until stopped. An exception from here, a failed step's included, means the engine is dead."""
         while not self._stopping or self._in_flight:
             self.run_once()
+        self._executor.shutdown()
 
     def run_once(self) -> None:
         """Launch what can be launched; take in all events there are, waiting for one if nothing else can be done; apply what

@@ -27,7 +27,7 @@ class PixelState:
 
 
 class PixelLedger:
-    """`max_ahead_patches` bounds what is asked for ahead of need, so that a slot is left for what a running request needs."""
+    """`max_ahead_patches` bounds what is asked for ahead of need: the rest of the slab serves what is needed now."""
 
     def __init__(self, max_ahead_patches: int) -> None:
         self._max_ahead_patches = max_ahead_patches
