@@ -63,8 +63,9 @@ def _supervise(settings: PoolSettings) -> int:
                 return 0
             if wake_read in readable:
                 os.read(wake_read, 4096)
-            for pid, status in _reap():
-                index, generation = workers.pop(pid)
+            # All of them leave the list first: a pid that has been reaped may belong to somebody else by now.
+            ended = [(workers.pop(pid), status) for pid, status in _reap()]
+            for (index, generation), status in ended:
                 code = os.waitstatus_to_exitcode(status)
                 if code == _START_FAILED:
                     return _START_FAILED

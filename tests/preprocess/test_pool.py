@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 import mmv1.preprocess.pool as pool_module
+import mmv1.preprocess.pool_process as pool_process
 from mmv1.errors import EngineError, ImageError
 from mmv1.preprocess.header import probe_header
 from mmv1.preprocess.pool import PreprocessPool
+from mmv1.preprocess.pool_messages import PoolSettings
 from mmv1.preprocess.slab import SlabStore, map_slab
 from tests.pictures import encode, make_image, make_pil
 from tests.preprocess.processes import children, is_alive, wait_until
@@ -245,3 +247,17 @@ def test_nothing_survives_a_killed_server():
         server.stdout.close()
     wait_until(lambda: not any(is_alive(p) for p in [int(pid), *workers]))
     wait_until(lambda: not os.path.exists(runtime_dir))
+
+
+def test_workers_that_end_together_are_not_killed_once_more(monkeypatch):
+    settings = PoolSettings(runtime_dir="nowhere", slab_fd=-1, slab_bytes=0, num_workers=2, job_cpu_seconds=1.0)
+    pids = iter((101, 102))
+    monkeypatch.setattr(pool_process, "_fork", lambda *args: next(pids))
+    monkeypatch.setattr(pool_process, "_reap", lambda: [(101, 3 << 8), (102, 3 << 8)])
+    monkeypatch.setattr(pool_process.select, "select", lambda *args: ([], [], []))
+    monkeypatch.setattr(pool_process.signal, "set_wakeup_fd", lambda *args, **options: -1)
+    monkeypatch.setattr(pool_process.signal, "signal", lambda *args: None)
+    killed = []
+    monkeypatch.setattr(pool_process.os, "kill", lambda pid, number: killed.append(pid))
+    assert pool_process._supervise(settings) == 3
+    assert not killed
