@@ -92,9 +92,6 @@ class KVCacheManager:
         request.kv_capacity = 0
         self.pool.release(held)
 
-    def block_ids(self, request: Request) -> list[int]:
-        return [block.block_id for block in self._held.get(request.request_id, ())]
-
     def check_integrity(self) -> None:
         """Raise if references and holdings disagree."""
         self.pool.check_integrity()
