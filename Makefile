@@ -7,6 +7,7 @@ demo: setup
 	.venv/bin/python examples/demo.py
 
 test: setup
+	@bash scripts/redis_server.sh
 	.venv/bin/python -m pytest
 
 lint: setup

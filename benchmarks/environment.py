@@ -16,7 +16,7 @@ def describe() -> dict[str, Any]:
     cpu = names[0] if names else platform.machine()
     root = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    packages = ("torch", "transformers", "pyzmq", "msgspec", "pillow")
+    packages = ("torch", "transformers", "pyzmq", "msgspec", "pillow", "simplejpeg", "redis")
     return {
         "commit": commit.stdout.strip(),
         "cpu": cpu,

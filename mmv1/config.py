@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -62,7 +62,20 @@ class EngineArgs:
     preprocess_slab_gb: float | None = _arg(None, "shared memory for processed pictures, in GiB", "Pictures")
     hash_algorithm: HashAlgorithm = _arg("blake3", "of cache keys; xxh3 only for one trusted tenant", "Pictures")
     allowed_media_domains: list[str] = _arg([], "fetch pictures only from these hosts; default: any public one", "Pictures")
+    extra_image_formats: list[str] = _arg([], "accept bmp or tiff (or both) besides JPEG, PNG, WebP and GIF", "Pictures")
+    allowed_local_media_path: str | None = _arg(
+        None, "directory below which file: URLs may name pictures; default: they are refused", "Pictures"
+    )
     media_fetch_timeout_s: float = _arg(10.0, "longest download of one picture, in seconds", "Pictures")
+
+    redis_url: str | None = _arg(
+        None, "Redis that keeps processed pictures over restarts and for other servers; default: the environment's REDIS_URL", "Redis"
+    )
+    redis_ttl_s: int = _arg(86_400, "how long a picture is kept, in seconds", "Redis")
+    redis_min_bytes: int = _arg(65_536, "pictures with fewer bytes of pixels are not worth a look-up", "Redis")
+    cache_secret_file: str | None = _arg(
+        None, "16 secret bytes or more, shared by the servers of one Redis: without them no key or value can be forged", "Redis"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +123,13 @@ class PreprocessConfig:
     max_images_per_prompt: int
     hash_algorithm: HashAlgorithm
     allowed_media_domains: tuple[str, ...]
+    allowed_local_media_path: str | None  # resolved
     fetch_timeout_s: float
+    extra_image_formats: tuple[str, ...] = ()  # as Pillow names them
+    redis_url: str | None = field(default=None, repr=False)  # it may hold a password
+    redis_ttl_s: int = 86_400
+    redis_min_bytes: int = 65_536
+    cache_secret: bytes | None = field(default=None, repr=False)
     max_encoded_bytes: int = 20 << 20  # of one picture, as sent or fetched
     max_image_pixels: int = 36_000_000  # of one picture as it comes, refused from its header
     max_image_side: int = 16_384
@@ -311,6 +330,8 @@ _WHOLE_RANGES = {
     "max_pixels": (1, 1 << 40),
     "min_pixels": (1, 1 << 40),
     "preprocess_workers": (1, 1024),
+    "redis_ttl_s": (1, 10 * 365 * 86_400),
+    "redis_min_bytes": (0, 1 << 40),
 }
 _NUMBER_RANGES = {
     "gpu_memory_utilization": (0.0, 1.0),
@@ -342,6 +363,42 @@ def _flag(name: str) -> str:
 
 def _given(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
+
+
+def _extra_image_formats(given: Sequence[str]) -> tuple[str, ...]:
+    formats = tuple(dict.fromkeys(name.upper() for name in given))
+    if set(formats) - {"BMP", "TIFF"}:
+        raise ConfigError(f"--extra-image-formats knows bmp and tiff; the others are accepted anyway, or never: not {given!r}")
+    return formats
+
+
+def _local_media_path(given: str | None) -> str | None:
+    if not given:  # empty: vLLM's word for none
+        return None
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"--allowed-local-media-path {given} is not a directory")
+    return str(path.resolve())
+
+
+def _redis_url(given: str | None) -> str | None:
+    """The user's word, else the environment's; empty: none. Raises ConfigError, without the URL: it may hold a password."""
+    url = os.environ.get("REDIS_URL", "") if given is None else given
+    if url and not url.startswith(("redis://", "rediss://", "unix://")):
+        raise ConfigError("the Redis URL must begin with redis://, rediss:// or unix://")
+    return url or None
+
+
+def _cache_secret(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        secret = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"--cache-secret-file {path} cannot be read ({error.strerror})") from error
+    if len(secret) < 16:
+        raise ConfigError(f"--cache-secret-file {path} must hold at least 16 bytes, such as `head -c 32 /dev/urandom` gives")
+    return secret
 
 
 def resolve(args: EngineArgs) -> EngineConfig:
@@ -376,6 +433,12 @@ def resolve(args: EngineArgs) -> EngineConfig:
             max_images_per_prompt=args.limit_mm_per_prompt.get("image", 16),
             hash_algorithm=args.hash_algorithm,
             allowed_media_domains=tuple(args.allowed_media_domains),
+            allowed_local_media_path=_local_media_path(args.allowed_local_media_path),
             fetch_timeout_s=args.media_fetch_timeout_s,
+            extra_image_formats=_extra_image_formats(args.extra_image_formats),
+            redis_url=_redis_url(args.redis_url),
+            redis_ttl_s=args.redis_ttl_s,
+            redis_min_bytes=args.redis_min_bytes,
+            cache_secret=_cache_secret(args.cache_secret_file),
         ),
     )

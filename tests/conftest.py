@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.oracle import HFOracle
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for a model
+os.environ.pop("REDIS_URL", None)  # the tests start their own
 # Before torch is imported: its threads would spin while they wait, and slow down whatever else runs on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -39,16 +39,30 @@ CONFINED = {
     "torch": re.compile(r"runner/.*|models/.*|.*/tensors\.py|preprocess/decode\.py"),
     "zmq": re.compile(r"wire\.py"),
     "redis": re.compile(r"preprocess/redis_store\.py"),
+    "httpx": re.compile(r"preprocess/fetch\.py"),
+    "socket": re.compile(r"preprocess/fetch\.py|api/(cli|server)\.py"),  # api: the port that is listened on
+    **dict.fromkeys(["requests", "urllib3", "aiohttp", "httpcore", "anyio", "urllib.request", "http.client", "ftplib"]),
     "transformers": None,
     "torchvision": None,
 }
-# What turns bytes into code, in whole or by name; and hash(), whose values differ between processes.
+# What turns bytes into code, in whole or by name; and hash(), whose values differ between processes and can be foreseen (T-H3).
 FORBIDDEN = {
     "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "torch.load", "numpy.load", "yaml.load",
     "yaml.unsafe_load", "eval", "exec", "hash", "concurrent.futures.ProcessPoolExecutor", "multiprocessing.Pool",
     "multiprocessing.Queue", "multiprocessing.SimpleQueue", "multiprocessing.JoinableQueue", "multiprocessing.Manager",
     "multiprocessing.managers", "jinja2.Environment",
 }
+# What could read a picture's file, or dial; and who may, by the beginning of the call.
+OPENERS = {
+    "open", "read_bytes", "FileIO", "fromfile", "memmap", "urlopen", "open_connection", "create_connection",
+    "open_unix_connection", "create_unix_connection", "sock_connect", "getaddrinfo",
+}  # fmt: skip
+MAY_OPEN = [
+    (re.compile(r"preprocess/local_file\.py"), ""),
+    (re.compile(r"preprocess/decode\.py"), "Image.open(io.BytesIO("),
+    (re.compile(r"preprocess/pool_process\.py"), "os.open(os.devnull, "),
+    (re.compile(r"config\.py"), "Path(path).read_bytes("),  # the cache secret
+]
 TORCH_FREE = [
     "mmv1", "mmv1.api.cli", "mmv1.api.server", "mmv1.config", "mmv1.encoder_cache.manager", "mmv1.engine.async_llm",
     "mmv1.engine.client", "mmv1.engine.core", "mmv1.engine.output_processor", "mmv1.kv.block_hash", "mmv1.kv.block_pool",
@@ -121,11 +135,26 @@ def confinement_breaches(root: Path) -> list[str]:
     breaches = []
     for name, tree in modules(root):
         for dotted in imports(name, tree):
-            package = dotted.split(".")[0]
-            if package in CONFINED:
+            parts = dotted.split(".")
+            for package in {".".join(parts[:length]) for length in range(1, len(parts) + 1)} & CONFINED.keys():
                 allowed = CONFINED[package]
                 if allowed is None or not allowed.fullmatch(name):
                     breaches.append(f"{name}: imports {dotted}")
+    return breaches
+
+
+def opened_files(root: Path) -> list[str]:
+    """Files opened as bytes, and connections, elsewhere than where it is decided which ones may be (T-S5)."""
+    breaches = []
+    for name, tree in modules(root):
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called.rpartition(".")[2] in OPENERS and not any(
+                module.fullmatch(name) and ast.unparse(node).startswith(start) for module, start in MAY_OPEN
+            ):
+                breaches.append(f"{name}: calls {called}")
     return breaches
 
 
@@ -189,7 +218,9 @@ def text_breaches(root: Path) -> list[str]:
 
 
 Check = Callable[[Path], list[str]]
-CHECKS: list[Check] = [floor_breaches, confinement_breaches, forbidden_names, size_breaches, unopened_modules, text_breaches]
+CHECKS: list[Check] = [
+    floor_breaches, confinement_breaches, opened_files, forbidden_names, size_breaches, unopened_modules, text_breaches
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -230,6 +261,17 @@ BAD = [
     (confinement_breaches, "mmv1/runner/a.py", "from transformers import AutoConfig"),
     (confinement_breaches, "mmv1/preprocess/decode.py", "import torchvision"),
     (confinement_breaches, "mmv1/api/a.py", "__import__('torch')"),
+    (confinement_breaches, "mmv1/api/a.py", "import httpx"),
+    (confinement_breaches, "mmv1/preprocess/a.py", "from urllib.request import urlopen as read"),
+    (confinement_breaches, "mmv1/preprocess/a.py", "import http.client"),
+    (confinement_breaches, "mmv1/engine/a.py", "import socket"),
+    (opened_files, "mmv1/preprocess/a.py", "data = open('/etc/passwd', 'rb').read()"),
+    (opened_files, "mmv1/preprocess/a.py", "data = Path(url).read_bytes()"),
+    (opened_files, "mmv1/preprocess/a.py", "image = Image.open(path)"),
+    (opened_files, "mmv1/preprocess/decode.py", "image = Image.open(path)"),
+    (opened_files, "mmv1/preprocess/pool_process.py", "fd = os.open(path, 0)"),
+    (opened_files, "mmv1/engine/a.py", "import asyncio\nx = asyncio.open_connection('a.example', 80)"),
+    (opened_files, "mmv1/api/a.py", "x = asyncio.get_running_loop().create_connection(None, 'a.example', 80)"),
     (forbidden_names, "mmv1/wire.py", "import pickle"),
     (forbidden_names, "mmv1/wire.py", "from marshal import loads"),
     (forbidden_names, "mmv1/wire.py", "def f():\n    import dill as d"),

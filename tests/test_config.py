@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mmv1.config import EngineArgs, EngineConfig, resolve
+from mmv1.config import EngineArgs, EngineConfig, PreprocessConfig, resolve
 from mmv1.errors import ConfigError
 
 FLAT = {
@@ -59,6 +59,13 @@ def test_the_type_is_float32_on_a_cpu_and_what_the_user_says_anywhere(tmp_path: 
     assert resolve(EngineArgs(model=path)).model.dtype == "bfloat16"
 
 
+def test_extra_image_formats(tmp_path: Path) -> None:
+    path = model_dir(tmp_path, FLAT)
+    assert resolve(EngineArgs(model=path)).preprocess.extra_image_formats == ()
+    config = resolve(EngineArgs(model=path, extra_image_formats=["tiff", "BMP", "tiff"]))
+    assert config.preprocess.extra_image_formats == ("TIFF", "BMP")
+
+
 def test_it_travels_as_msgpack(tmp_path: Path) -> None:
     config = resolve(EngineArgs(model=model_dir(tmp_path, NESTED), allowed_media_domains=["a.example"]))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
@@ -74,8 +81,12 @@ def test_it_travels_as_msgpack(tmp_path: Path) -> None:
         ({"block_size": 0}, "--block-size"),
         ({"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization"),
         ({"limit_mm_per_prompt": {"video": 1}}, "--limit-mm-per-prompt"),
+        ({"extra_image_formats": ["bmp", "pdf"]}, "--extra-image-formats"),
+        ({"extra_image_formats": ["png"]}, "--extra-image-formats"),
         ({"limit_mm_per_prompt": {"image": -1}}, "--limit-mm-per-prompt"),
         ({"limit_mm_per_prompt": {"image": "4"}}, "--limit-mm-per-prompt"),
+        ({"allowed_local_media_path": "/nowhere/at/all"}, "--allowed-local-media-path /nowhere/at/all is not a directory"),
+        ({"allowed_local_media_path": "/etc/passwd"}, "not a directory"),
     ],
 )
 def test_settings_that_cannot_work_are_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -83,9 +94,22 @@ def test_settings_that_cannot_work_are_named(tmp_path: Path, changes: dict[str, 
         resolve(EngineArgs(model=model_dir(tmp_path, FLAT), **changes))
 
 
+def test_the_directory_of_local_pictures_is_resolved(tmp_path: Path) -> None:
+    (tmp_path / "media").mkdir()
+    (tmp_path / "link").symlink_to("media")
+    path = model_dir(tmp_path, FLAT)
+
+    def resolved(given: str | None) -> str | None:
+        return resolve(EngineArgs(model=path, allowed_local_media_path=given)).preprocess.allowed_local_media_path
+
+    assert resolved(str(tmp_path / "link" / ".." / "link")) == str((tmp_path / "media").resolve())
+    assert resolved(None) is resolved("") is None
+
+
 WHOLE = [
     "max_model_len", "seed", "max_num_seqs", "max_num_batched_tokens", "max_num_encoder_tokens", "block_size",
     "kv_cache_memory_bytes", "num_gpu_blocks_override", "encoder_cache_bytes", "max_pixels", "min_pixels", "preprocess_workers",
+    "redis_ttl_s", "redis_min_bytes",
 ]  # fmt: skip
 NOT_WHOLE = ["gpu_memory_utilization", "preprocess_slab_gb", "media_fetch_timeout_s"]
 
@@ -95,7 +119,7 @@ def test_every_number_has_a_range(tmp_path: Path, name: str) -> None:
     """0 never means: choose for me; and no number of the command line ends in a traceback."""
     wrong: list[Any] = [-1, "4", True, 1 << 70, *([1.5] if name in WHOLE else [math.nan, math.inf])]
     path = model_dir(tmp_path, FLAT)
-    for value in [*wrong, *([] if name == "seed" else [0])]:
+    for value in [*wrong, *([] if name in ("seed", "redis_min_bytes") else [0])]:
         with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} "):
             resolve(EngineArgs(model=path, **{name: value}))
 
@@ -140,3 +164,29 @@ def test_without_a_name_it_is_the_demo_model() -> None:
 def test_a_name_that_is_neither_a_directory_nor_a_hub_id(name: str) -> None:
     with pytest.raises(ConfigError, match="no model directory"):
         resolve(EngineArgs(model=name))
+
+
+def test_redis_comes_from_the_flag_or_the_environment(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def preprocess(**args: Any) -> PreprocessConfig:
+        return resolve(EngineArgs(model=str(tiny_model_dir), **args)).preprocess
+
+    assert preprocess().redis_url is None
+    monkeypatch.setenv("REDIS_URL", "redis://from-the-environment:6379")
+    assert preprocess().redis_url == "redis://from-the-environment:6379"
+    assert preprocess(redis_url="unix:///run/redis.sock").redis_url == "unix:///run/redis.sock"
+    assert preprocess(redis_url="").redis_url is None
+    with pytest.raises(ConfigError, match="redis://") as refused:
+        preprocess(redis_url="http://user:hunter2@host")
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_cache_secret_is_read_once_and_never_shown(tiny_model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"sixteen bytes or more\n")
+    config = resolve(EngineArgs(model=str(tiny_model_dir), cache_secret_file=str(path), redis_url="redis://:hunter2@host"))
+    assert config.preprocess.cache_secret == b"sixteen bytes or more"
+    assert "sixteen" not in repr(config) and "hunter2" not in repr(config)
+    path.write_bytes(b"short")
+    for bad in (path, tmp_path / "missing", tmp_path):
+        with pytest.raises(ConfigError, match="--cache-secret-file"):
+            resolve(EngineArgs(model=str(tiny_model_dir), cache_secret_file=str(bad)))

@@ -46,6 +46,7 @@ from mmv1.engine.output_processor import CompletionOutput, PositionLogprobs, Req
 from mmv1.errors import ConfigError, MMV1Error, RequestError
 from mmv1.log import logger
 from mmv1.preprocess import prompt
+from mmv1.preprocess.image_settings import NOTHING_SAID
 from mmv1.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -75,15 +76,17 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
 def to_conversation(request: ChatCompletionRequest) -> list[prompt.Message]:
     """The messages for the chat template. A picture stays the URL it came as; OpenAI's developer role is the system's."""
     conversation = []
-    for message in request.messages:
+    for i, message in enumerate(request.messages):
         role = "system" if message.role == "developer" else message.role
         content: str | list[prompt.TextPart | prompt.ImagePart]
         if isinstance(message.content, str):
             content = message.content
         else:
             content = [
-                prompt.TextPart(part.text) if isinstance(part, TextPart) else prompt.ImagePart(part.image_url.url)
-                for part in message.content
+                prompt.TextPart(part.text)
+                if isinstance(part, TextPart)
+                else prompt.ImagePart(part.image_url.url, part.image_url.settings(f"messages[{i}].content[{j}].image_url"))
+                for j, part in enumerate(message.content)
             ]
         conversation.append(prompt.Message(role, content))
     return conversation
@@ -143,6 +146,7 @@ class ChatAnswer:
         self._timer = metrics.start_request()
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
+        self._num_image_tokens = 0
         self._num_completion_tokens = 0
 
     async def full(self) -> AsyncGenerator[bytes, None]:
@@ -188,6 +192,7 @@ class ChatAnswer:
             request_id=self._id,
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
+            image_settings=NOTHING_SAID if request.mm_processor_kwargs is None else request.mm_processor_kwargs.settings(),
         )
         try:
             async with aclosing(outputs):
@@ -195,6 +200,7 @@ class ChatAnswer:
                     num_new_tokens = sum(len(news.token_ids) for news in output.outputs)
                     self._num_prompt_tokens = output.num_prompt_tokens
                     self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
+                    self._num_image_tokens = output.num_image_tokens
                     self._num_completion_tokens += num_new_tokens
                     self._timer.output(output.num_prompt_tokens, num_new_tokens)
                     for news in output.outputs:
@@ -244,5 +250,5 @@ class ChatAnswer:
 
     def _usage(self) -> Usage:
         prompt_tokens, completion_tokens = self._num_prompt_tokens, self._num_completion_tokens
-        details = PromptTokensDetails(self._num_cached_tokens)
+        details = PromptTokensDetails(self._num_cached_tokens, self._num_image_tokens)
         return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, details)

@@ -1,4 +1,4 @@
-"""What /metrics and the statistics line say. Names are vLLM's with the prefix `mmv1:`, in a registry of this server's own.
+"""What /metrics says. Names are vLLM's with the prefix `mmv1:`, in a registry of this server's own.
 
 Counters of the engine and the preprocessor are kept there, cumulative, and read when somebody asks; only what a client feels
 (latencies, finished requests, prompt tokens) is counted here.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.preprocess.timings import BOUNDS_S, StageTimings
 from mmv1.types import SchedulerStats
 
 _SECONDS = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
@@ -44,6 +46,7 @@ _PREPROCESS_GAUGES: tuple[Row, ...] = (
     ("preprocess_slab_free_bytes", "slab_free_bytes", "Of it, bytes that hold nothing"),
     ("preprocess_waiting", "num_waiting_for_slab", "Pictures waiting for room in the shared memory"),
     ("preprocess_encoded_bytes", "encoded_bytes", "Bytes of encoded pictures kept for live requests"),
+    ("preprocess_store_up", "store_is_up", "1 while the shared store is used, 0 without one or while it is left alone"),
 )
 _PREPROCESS_COUNTERS: tuple[Row, ...] = (
     ("preprocess_images", "num_images_probed", "Pictures that came with requests"),
@@ -52,6 +55,12 @@ _PREPROCESS_COUNTERS: tuple[Row, ...] = (
     ("preprocess_decode_seconds", "decode_seconds", "Time spent decoding and resizing"),
     ("preprocess_slab_hits", "num_slab_hits", "Pictures found processed in the shared memory"),
     ("preprocess_slab_evictions", "num_slab_evictions", "Processed pictures dropped for others"),
+    ("preprocess_store_hits", "num_store_hits", "Pictures found processed in the shared store"),
+    ("preprocess_store_misses", "num_store_misses", "Pictures not found in the shared store"),
+    ("preprocess_store_failures", "num_store_failures", "Look-ups in the shared store not answered, pictures it did not take"),
+    ("preprocess_store_saves", "num_store_saves", "Processed pictures written to the shared store"),
+    ("preprocess_store_saves_skipped", "num_store_saves_skipped", "Processed pictures not written to the shared store"),
+    ("preprocess_lease_waits", "num_lease_waits", "Pictures waited for while another server made them"),
     ("preprocess_fetches", "num_fetches", "Pictures downloaded"),
     ("preprocess_fetched_bytes", "fetched_bytes", "Bytes downloaded"),
     ("preprocess_worker_deaths", "num_worker_deaths", "Decoding processes that died and were replaced"),
@@ -67,11 +76,16 @@ class _EngineCollector:
     """Reads the engine's and the preprocessor's own counters at each scrape."""
 
     def __init__(
-        self, model_name: str, read_stats: Callable[[], SchedulerStats], read_preprocess: Callable[[], PreprocessStats]
+        self,
+        model_name: str,
+        read_stats: Callable[[], SchedulerStats],
+        read_preprocess: Callable[[], PreprocessStats],
+        timings: StageTimings,
     ) -> None:
         self._label = [model_name]
         self._read_stats = read_stats
         self._read_preprocess = read_preprocess
+        self._timings = timings
 
     def collect(self) -> Iterator[Metric]:
         stats, preprocess = self._read_stats(), self._read_preprocess()
@@ -86,6 +100,16 @@ class _EngineCollector:
         ):
             for name, field, text in rows:
                 yield self._sample(kind, name, text, getattr(source, field))
+        yield self._stages()
+
+    def _stages(self) -> HistogramMetricFamily:
+        text = "Time pictures take, by stage: fetch, slab, store_get, queue, decode, resize, store_set"
+        family = HistogramMetricFamily("mmv1:preprocess_seconds", text, labels=["model_name", "stage"])
+        bounds = [*map(str, BOUNDS_S), "+Inf"]
+        for stage, histogram in self._timings.histograms.items():
+            buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+            family.add_metric([*self._label, stage], buckets, histogram.sum_s)
+        return family
 
     def _sample(
         self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str, value: float
@@ -99,10 +123,14 @@ class Metrics:
     """One server's metrics. `start_request` opens the clock of a client's request."""
 
     def __init__(
-        self, model_name: str, read_stats: Callable[[], SchedulerStats], read_preprocess: Callable[[], PreprocessStats]
+        self,
+        model_name: str,
+        read_stats: Callable[[], SchedulerStats],
+        read_preprocess: Callable[[], PreprocessStats],
+        timings: StageTimings,
     ) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(model_name, read_stats, read_preprocess))
+        self._registry.register(_EngineCollector(model_name, read_stats, read_preprocess, timings))
         self._model_name = model_name
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests, cached ones included")
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Request to first token", _SECONDS)
@@ -160,36 +188,3 @@ class RequestTimer:
     def finish_unless_finished(self, reason: str) -> None:
         if not self._finished:
             self.finish(reason)
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f}%" if whole else "-"
-
-
-class StatisticsLine:
-    """The periodic line of the log: rates since the last one, and None while nothing happens."""
-
-    def __init__(self) -> None:
-        self._last = SchedulerStats()
-        self._last_preprocess = PreprocessStats()
-
-    def next(self, stats: SchedulerStats, preprocess: PreprocessStats, elapsed_s: float) -> str | None:
-        last, self._last = self._last, stats
-        last_preprocess, self._last_preprocess = self._last_preprocess, preprocess
-        if stats.num_steps == last.num_steps and not stats.num_running and not stats.num_waiting:
-            return None
-
-        def since(field: str) -> int:
-            return getattr(stats, field) - getattr(last, field)
-
-        num_decodes = preprocess.num_decodes - last_preprocess.num_decodes
-        decode_ms = 1000 * (preprocess.decode_seconds - last_preprocess.decode_seconds) / max(1, num_decodes)
-        return (
-            f"Avg prompt throughput: {since('num_prompt_tokens_computed') / elapsed_s:.1f} tokens/s, "
-            f"Avg generation throughput: {since('num_generation_tokens') / elapsed_s:.1f} tokens/s, "
-            f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
-            f"KV cache usage: {100 * kv_cache_usage(stats):.1f}%, "
-            f"Prefix cache hit rate: {_percent(since('prefix_cache_hits'), since('prefix_cache_queries'))}, "
-            f"Encoder cache hit rate: {_percent(since('encoder_cache_hits'), since('encoder_cache_queries'))}, "
-            f"Preprocess: {num_decodes} images decoded, {decode_ms:.1f} ms each, {preprocess.num_waiting_for_slab} waiting"
-        )

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from mmv1.errors import EngineDeadError, RequestError
+from mmv1.preprocess.image_settings import PictureSettings, ProcessorKwargs
 
 MAX_BODY_BYTES = 32 << 20
 _INT32_MAX = 2**31 - 1
@@ -36,9 +37,8 @@ class TextPart(msgspec.Struct, tag="text", tag_field="type", forbid_unknown_fiel
     text: str
 
 
-class ImageURL(msgspec.Struct, forbid_unknown_fields=True):
+class ImageURL(PictureSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     url: Annotated[str, Meta(min_length=1)]
-    detail: Literal["auto", "low", "high"] | None = None
 
 
 class ImagePart(msgspec.Struct, tag="image_url", tag_field="type", forbid_unknown_fields=True):
@@ -94,6 +94,7 @@ class ChatCompletionRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    mm_processor_kwargs: ProcessorKwargs | None = None
 
     # Accepted without effect: they change no answer.
     user: ShortString | None = None
@@ -136,7 +137,6 @@ class ChatCompletionRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=
     chat_template_kwargs: Any = None
     add_generation_prompt: Any = None
     continue_final_message: Any = None
-    mm_processor_kwargs: Any = None
 
 
 _NOT_BUILT = ChatCompletionRequest.__struct_fields__[ChatCompletionRequest.__struct_fields__.index("tools") :]
@@ -157,7 +157,6 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "mm_processor_kwargs": ({},),
 }
 _MESSAGE_NOT_BUILT = ("audio", "function_call", "tool_calls")
 
@@ -214,10 +213,6 @@ def _check_built(request: ChatCompletionRequest) -> None:
             if getattr(message, name):
                 param = f"messages[{i}].{name}"
                 raise RequestError(f"{param} is not supported", code="unsupported_parameter", param=param)
-        for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
-            if isinstance(part, ImagePart) and part.image_url.detail in ("low", "high"):
-                param = f"messages[{i}].content[{j}].image_url.detail"
-                raise RequestError(f"{param}: only 'auto' is supported", code="unsupported_parameter", param=param)
 
 
 # ---- answers ----
@@ -225,6 +220,7 @@ def _check_built(request: ChatCompletionRequest) -> None:
 
 class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
+    image_tokens: int
 
 
 class Usage(msgspec.Struct):

@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,8 +27,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import mmv1
 from mmv1.api.chat import ChatAnswer, SamplingDefaults
-from mmv1.api.metrics import Metrics, StatisticsLine
+from mmv1.api.metrics import Metrics
 from mmv1.api.protocol import MAX_BODY_BYTES, ChatCompletionRequest, ModelCard, ModelList, decode_chat_request, encode, error_of
+from mmv1.api.statistics import BottleneckLine, StatisticsLine
 from mmv1.errors import EngineDeadError, EngineError, RequestError
 from mmv1.log import logger
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES  # of a body that is refused: read so far, its sender sees the refusal
 _STATISTICS_INTERVAL_S = 10.0
+_BOTTLENECK_INTERVAL_S = 60.0
 _ENGINE_WATCH_INTERVAL_S = 0.5
 _GRACEFUL_SHUTDOWN_S = 10
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
@@ -161,7 +163,7 @@ def create_app(llm: AsyncLLM) -> ASGIApp:
     """The ASGI application over a started AsyncLLM. Raises ConfigError when generation_config.json cannot be used."""
     model = llm.config.model
     defaults = SamplingDefaults.of_model(model.path)
-    metrics = Metrics(model.served_model_name, llm.stats, llm.preprocessor.stats)
+    metrics = Metrics(model.served_model_name, llm.stats, llm.preprocessor.stats, llm.preprocessor.timings)
     card = ModelCard(id=model.served_model_name, created=int(time.time()), max_model_len=llm.max_model_len)
     app = FastAPI(title="mmv1", version=mmv1.__version__, redirect_slashes=False)
     for kind in (RequestError, EngineError, HTTPException, Exception):
@@ -241,7 +243,7 @@ async def serve(llm: AsyncLLM, listener: socket.socket) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, server.stop)
     _log_start(llm, listener)
-    background = (asyncio.ensure_future(_log_statistics(llm)), asyncio.ensure_future(_stop_with_engine(llm, server)))
+    background = [asyncio.ensure_future(work) for work in (_stop_with_engine(llm, server), *_periodic_lines(llm))]
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -258,12 +260,24 @@ async def _stop_with_engine(llm: AsyncLLM, server: _Server) -> None:
     server.should_exit = True
 
 
-async def _log_statistics(llm: AsyncLLM) -> None:
-    statistics, before = StatisticsLine(), time.monotonic()
+def _periodic_lines(llm: AsyncLLM) -> tuple[Coroutine[Any, Any, None], ...]:
+    preprocessor = llm.preprocessor
+    statistics, bottleneck = StatisticsLine(), BottleneckLine(llm.config.preprocess.num_workers)
+    return (
+        _log_every(_STATISTICS_INTERVAL_S, lambda elapsed_s: statistics.next(llm.stats(), preprocessor.stats(), elapsed_s)),
+        _log_every(
+            _BOTTLENECK_INTERVAL_S, lambda elapsed_s: bottleneck.next(preprocessor.stats(), preprocessor.timings, elapsed_s)
+        ),
+    )
+
+
+async def _log_every(interval_s: float, next_line: Callable[[float], str | None]) -> None:
+    """Log what `next_line` makes of the seconds since it was last asked, if anything."""
+    before = time.monotonic()
     while True:
-        await asyncio.sleep(_STATISTICS_INTERVAL_S)
+        await asyncio.sleep(interval_s)
         now = time.monotonic()
-        line = statistics.next(llm.stats(), llm.preprocessor.stats(), now - before)
+        line = next_line(now - before)
         before = now
         if line is not None:
             logger.info(line)

@@ -22,6 +22,7 @@ from mmv1.engine.output_processor import CompletionDelta, CompletionOutput, Outp
 from mmv1.engine.sampling import check_sampling_params
 from mmv1.errors import ConfigError, ContextLengthError, EngineDeadError, MMV1Error, RequestError
 from mmv1.log import logger
+from mmv1.preprocess.image_settings import NOTHING_SAID, ImageSettings
 from mmv1.preprocess.media import ImageSource
 from mmv1.preprocess.preprocessor import PreparedPrompt, Preprocessor
 from mmv1.preprocess.prompt import Message
@@ -98,8 +99,10 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        image_settings: ImageSettings = NOTHING_SAID,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Deltas of the answers, merged over the n of them, until all are finished. Closing it ends the request.
+        `image_settings` are for all pictures that do not say otherwise.
 
         Raises, before the first delta, RequestError (with ImageError and ContextLengthError) for what the request is at fault
         for, pictures included, and at any time EngineDeadError.
@@ -112,7 +115,7 @@ class AsyncLLM:
         core_ids: list[str] = []
         try:
             params = check_sampling_params(sampling_params)
-            prepared = await self._prepare(request_id, prompt)
+            prepared = await self._prepare(request_id, prompt, params, image_settings)
             requests = self._core_requests(request_id, prepared, params, priority, cache_salt)
             self._raise_if_dead()
             for index, request in enumerate(requests):
@@ -122,6 +125,7 @@ class AsyncLLM:
             while not stream.finished:
                 output = await stream.next()
                 output.prompt_token_ids = prepared.prompt_token_ids
+                output.num_image_tokens = prepared.num_image_tokens
                 yield output
             core_ids.clear()
         finally:
@@ -131,30 +135,30 @@ class AsyncLLM:
                 self._client.send(Abort(core_ids))
             self.preprocessor.release_request(request_id)
 
-    async def _prepare(self, request_id: str, prompt: Prompt) -> PreparedPrompt:
+    async def _prepare(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, image_settings: ImageSettings
+    ) -> PreparedPrompt:
+        """Raises RequestError, for a prompt that leaves no room for the answer before any picture of it is downloaded."""
+        room = self.max_model_len - (params.max_tokens or 1)
+        if room < 1:
+            message = f"max_tokens {params.max_tokens} leaves no room for a prompt in the model's {self.max_model_len} tokens"
+            raise ContextLengthError(message, param="max_tokens")
         if isinstance(prompt, RawPrompt):
-            return await self.preprocessor.prepare_prompt(request_id, prompt.prompt, prompt.images)
-        return await self.preprocessor.prepare_chat(request_id, prompt)
+            return await self.preprocessor.prepare_prompt(
+                request_id, prompt.prompt, prompt.images, image_settings, max_prompt_tokens=room
+            )
+        return await self.preprocessor.prepare_chat(request_id, prompt, image_settings, max_prompt_tokens=room)
 
     def _core_requests(
         self, request_id: str, prepared: PreparedPrompt, params: SamplingParams, priority: int, cache_salt: str
     ) -> list[EngineCoreRequest]:
         """One core request for each of the n answers; they share the prompt's KV through the prefix cache."""
-        num_prompt = len(prepared.prompt_token_ids)
-        room = self.max_model_len - num_prompt
-        if num_prompt == 0:
-            raise RequestError("the prompt is empty", code="empty_prompt", param="messages")
-        if room < 1 or (params.max_tokens or 1) > room:
-            asked = "" if params.max_tokens is None else f" and asks for {params.max_tokens} more"
-            raise ContextLengthError(
-                f"the model's context is {self.max_model_len} tokens: the prompt, pictures included, has {num_prompt}{asked}"
-            )
         request = EngineCoreRequest(
             request_id=request_id,
             prompt_token_ids=prepared.prompt_token_ids,
             mm_features=prepared.mm_features,
             sampling_params=params,
-            max_tokens=params.max_tokens or room,
+            max_tokens=params.max_tokens or self.max_model_len - len(prepared.prompt_token_ids),
             eos_token_ids=() if params.ignore_eos else self.config.model.eos_token_ids,
             cache_salt=cache_salt.encode(),
             priority=priority,

@@ -30,6 +30,7 @@ from mmv1.config import EngineArgs, resolve
 from mmv1.engine.async_llm import AsyncLLM, Prompt, RawPrompt, merge_outputs
 from mmv1.engine.output_processor import CompletionOutput, RequestOutput
 from mmv1.errors import MMV1Error, RequestError
+from mmv1.preprocess.image_settings import NOTHING_SAID, ImageSettings, picture_settings, processor_settings
 from mmv1.preprocess.media import ImageSource
 from mmv1.preprocess.prompt import ImagePart, Message, TextPart
 from mmv1.types import SamplingParams, SchedulerStats
@@ -63,14 +64,19 @@ class LLM:
         self,
         messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them, in order. `messages` are OpenAI's, and content parts may also be
-        {"type": "image", "image": PIL image, path, bytes or URL}. Raises RequestError for the first one at fault."""
+        {"type": "image", "image": PIL image, path, bytes or URL}. A picture's size is set with "detail", "min_pixels" and
+        "max_pixels" beside it, and with `mm_processor_kwargs` (min_pixels, max_pixels, or transformers' size) for all that do
+        not say otherwise. Raises RequestError for the first one at fault."""
         if messages and isinstance(messages[0], Mapping):
             conversations: Sequence[Any] = [messages]
         else:
             conversations = messages
-        return self._answer([_conversation(conversation) for conversation in conversations], sampling_params)
+        settings = processor_settings(mm_processor_kwargs)
+        return self._answer([(_conversation(conversation), settings) for conversation in conversations], sampling_params)
 
     def generate(
         self,
@@ -78,12 +84,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Continue raw prompts: text, or {"prompt": text} or {"prompt_token_ids": ids}, with {"multi_modal_data": {"image": one
-        or a list}} for the pictures that its placeholders stand for."""
+        or a list}} for the pictures that its placeholders stand for, and {"mm_processor_kwargs": {...}} as in `chat`."""
         listed = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
         return self._answer([_raw_prompt(prompt) for prompt in listed], sampling_params)
 
     def _answer(
-        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Sequence[tuple[Prompt, ImageSettings]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[RequestOutput]:
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
             params = [sampling_params or SamplingParams()] * len(prompts)
@@ -152,14 +160,14 @@ def _close(engine: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.
 
 
 async def _answer_all(
-    engine: AsyncLLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams], max_open: int
+    engine: AsyncLLM, prompts: Sequence[tuple[Prompt, ImageSettings]], params: Sequence[SamplingParams], max_open: int
 ) -> list[RequestOutput]:
     """All answers, in the order of the prompts; the first failure ends the others."""
     room = asyncio.Semaphore(max_open)
 
-    async def answer(prompt: Prompt, sampling_params: SamplingParams) -> RequestOutput:
+    async def answer(prompt: tuple[Prompt, ImageSettings], sampling_params: SamplingParams) -> RequestOutput:
         async with room:
-            return await _complete(engine, prompt, sampling_params)
+            return await _complete(engine, *prompt, sampling_params)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -169,11 +177,13 @@ async def _answer_all(
     return [task.result() for task in tasks]
 
 
-async def _complete(engine: AsyncLLM, prompt: Prompt, sampling_params: SamplingParams) -> RequestOutput:
+async def _complete(
+    engine: AsyncLLM, prompt: Prompt, image_settings: ImageSettings, sampling_params: SamplingParams
+) -> RequestOutput:
     parts: dict[int, list[CompletionOutput]] = {}
     last: RequestOutput | None = None
     num_cached_tokens = 0
-    async for last in engine.generate(prompt, sampling_params):
+    async for last in engine.generate(prompt, sampling_params, image_settings=image_settings):
         num_cached_tokens = max(num_cached_tokens, last.num_cached_tokens)
         for output in last.outputs:
             parts.setdefault(output.index, []).append(output)
@@ -185,29 +195,37 @@ async def _complete(engine: AsyncLLM, prompt: Prompt, sampling_params: SamplingP
         num_cached_tokens,
         finished=True,
         prompt_token_ids=last.prompt_token_ids,
+        num_image_tokens=last.num_image_tokens,
     )
 
 
 def _conversation(messages: Sequence[ChatMessage]) -> list[Message]:
     return [
-        Message(_field(message, "role", str), _content(_field(message, "content", (str, list, tuple)))) for message in messages
+        Message(_field(message, "role", str), _content(_field(message, "content", (str, list, tuple)), f"messages[{i}].content"))
+        for i, message in enumerate(messages)
     ]
 
 
-def _content(content: str | Sequence[Mapping[str, Any]]) -> str | list[TextPart | ImagePart]:
-    return content if isinstance(content, str) else [_part(part) for part in content]
+def _content(content: str | Sequence[Mapping[str, Any]], place: str) -> str | list[TextPart | ImagePart]:
+    return content if isinstance(content, str) else [_part(part, f"{place}[{j}]") for j, part in enumerate(content)]
 
 
-def _part(part: Mapping[str, Any]) -> TextPart | ImagePart:
+def _part(part: Mapping[str, Any], place: str) -> TextPart | ImagePart:
     kind = _field(part, "type", str)
     if kind == "text":
         return TextPart(_field(part, "text", str))
     if kind == "image_url":
         value = part.get("image_url")
-        return ImagePart(_source(value.get("url") if isinstance(value, Mapping) else value))
+        return _picture(value, "url", f"{place}.image_url") if isinstance(value, Mapping) else ImagePart(_source(value))
     if kind == "image":
-        return ImagePart(_source(part.get("image")))
+        return _picture(part, "image", place)
     raise RequestError(f"a content part has the unknown type '{kind}'", param="messages")
+
+
+def _picture(part: Mapping[str, Any], source: str, place: str) -> ImagePart:
+    """The picture under the key `source`, and what else is said there of it."""
+    said = {name: value for name, value in part.items() if name not in ("type", source) and value is not None}
+    return ImagePart(_source(part.get(source)), picture_settings(said, place))
 
 
 def _source(value: Any) -> ImageSource:
@@ -226,12 +244,12 @@ def _field(mapping: Mapping[str, Any], name: str, kind: type | tuple[type, ...])
     return value
 
 
-def _raw_prompt(prompt: str | Mapping[str, Any]) -> RawPrompt:
+def _raw_prompt(prompt: str | Mapping[str, Any]) -> tuple[RawPrompt, ImageSettings]:
     if isinstance(prompt, str):
-        return RawPrompt(prompt)
+        return RawPrompt(prompt), NOTHING_SAID
     images = (prompt.get("multi_modal_data") or {}).get("image", [])
     listed = images if isinstance(images, (list, tuple)) else [images]
     ids = prompt.get("prompt_token_ids")
     text: str | Sequence[int] = list(ids) if ids is not None else _field(prompt, "prompt", str)
-    return RawPrompt(text, [_source(image) for image in listed])
+    return RawPrompt(text, [_source(image) for image in listed]), processor_settings(prompt.get("mm_processor_kwargs"))
 

@@ -73,6 +73,7 @@ class RequestOutput(msgspec.Struct):
     num_cached_tokens: int = 0
     finished: bool = False
     prompt_token_ids: list[int] | None = None
+    num_image_tokens: int = 0  # of the prompt's tokens, those that stand for its pictures
 
 
 def error_from_core(message: str, code: str | None) -> MMV1Error:

@@ -1,8 +1,9 @@
 """mm_hash, the name of a picture everywhere: 32 bytes over what was sent and everything that decides its pixels.
 
 It covers the encoded bytes (not the pixels: cheaper, and two files never become one picture by a decoder's whim), the decode
-policy, the image processor's numbers and the tenant's scope. Every field is framed with its length and every digest with a
-domain, so no bytes of one field can pass for another field. Keyed: without the secret nobody can compute or collide a key.
+policy, the image processor's numbers, the pixel limits in force and the tenant's scope. Every field is framed with its length
+and every digest with a domain, so no bytes of one field can pass for another field. Keyed: without the secret nobody can
+compute or collide a key.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ def _frames(domain: bytes, fields: Sequence[bytes]) -> list[bytes]:
 
 
 class ImageHasher:
-    """Names pictures for one image processor, whose `fingerprint` says everything that decides its pixels."""
+    """Names pictures for one decoder."""
 
-    def __init__(self, hasher: KeyedHasher, *, decode_policy: str, fingerprint: str) -> None:
+    def __init__(self, hasher: KeyedHasher, *, decode_policy: str) -> None:
         self._hasher = hasher
-        self._constant = (decode_policy.encode(), fingerprint.encode())
+        self._decode_policy = decode_policy.encode()
 
-    def mm_hash(self, encoded: bytes, *, container: str, tenant_scope: bytes = b"") -> bytes:
-        """32 bytes. `container` tells a picture of our own process (PPM) from one that came in some format."""
-        return self._hasher.digest(b"mmv1/image/1", (*self._constant, container.encode(), tenant_scope, encoded))
+    def mm_hash(self, encoded: bytes, *, fingerprint: str, container: str, tenant_scope: bytes = b"") -> bytes:
+        """32 bytes. `fingerprint`: the image processor's numbers and the pixel limits in force for this picture. `container`
+        tells a picture of our own process (PPM) from one that came in some format."""
+        fields = (self._decode_policy, fingerprint.encode(), container.encode(), tenant_scope, encoded)
+        return self._hasher.digest(b"mmv1/image/1", fields)

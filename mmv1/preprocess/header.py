@@ -8,17 +8,22 @@ that the picture really has the probed size, so a header that lies costs its sen
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import msgspec
 
 from mmv1.errors import ImageError
 
-ImageFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "PPM"]
+ImageFormat = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
 
+_ACCEPTED = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF"}  # always; and how a sentence spells them
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE_MARKERS = frozenset(range(0xD0, 0xD8)) | {0x01}
 _MAX_SEGMENTS = 100_000  # of a PNG or WebP; real ones have a few thousand at most
+_MAX_TAGS = 4096  # of a TIFF directory; real ones have a few dozen
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ORIENTATION = 0x0100, 0x0101, 0x0112
+_TIFF_TYPES = {3: "H", 4: "I"}  # of the numbers asked for here
 
 
 class ImageHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -30,29 +35,41 @@ class ImageHeader(msgspec.Struct, frozen=True, array_like=True):
     orientation: int = 1  # EXIF: 1 is upright
 
 
-def probe_header(data: bytes) -> ImageHeader:
-    """The header of a JPEG, PNG, WebP or GIF. Raises ImageError (unsupported_image_format, invalid_image)."""
+def probe_header(data: bytes, extra_formats: Collection[str] = ()) -> ImageHeader:
+    """The header of a JPEG, PNG, WebP or GIF, or of one of `extra_formats` ("BMP", "TIFF"). Raises ImageError
+    (unsupported_image_format, invalid_image)."""
     if not data:
         raise ImageError("the image is empty")
-    if data.startswith(b"\xff\xd8\xff"):
-        name, parse = "JPEG", _jpeg
-    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
-        name, parse = "PNG", _png
-    elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        name, parse = "WEBP", _webp
-    elif data[:6] in (b"GIF87a", b"GIF89a"):
-        name, parse = "GIF", _gif
-    else:
-        raise ImageError("not a JPEG, PNG, WebP or GIF image", code="unsupported_image_format")
+    name = _format(data)
+    if name is None or name not in (*_ACCEPTED, *extra_formats):
+        *names, last = (*_ACCEPTED.values(), *extra_formats)
+        raise ImageError(f"not a {', '.join(names)} or {last} image", code="unsupported_image_format")
     try:
-        width, height, orientation = parse(memoryview(data))
-    except (struct.error, IndexError, ValueError):
+        width, height, orientation = _PARSERS[name](memoryview(data))
+    except (struct.error, LookupError, ValueError):
         raise ImageError(f"the {name} image's header is damaged or cut off") from None
     if width < 1 or height < 1:
         raise ImageError(f"the {name} image has no pixels")
     if orientation >= 5:
         width, height = height, width
-    return ImageHeader(name, width, height, orientation)  # type: ignore[arg-type]
+    return ImageHeader(name, width, height, orientation)
+
+
+def _format(data: bytes) -> ImageFormat | None:
+    """From the first bytes alone."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith(b"BM"):
+        return "BMP"
+    if data.startswith((b"II*\0", b"MM\0*")):
+        return "TIFF"
+    return None
 
 
 def _jpeg(data: memoryview) -> tuple[int, int, int]:
@@ -148,19 +165,59 @@ def _gif(data: memoryview) -> tuple[int, int, int]:
         position += 1
 
 
+def _bmp(data: memoryview) -> tuple[int, int, int]:
+    """The older header has sizes of 16 bits; in the others a negative height says that the first line is the top one."""
+    (header_bytes,) = struct.unpack_from("<I", data, 14)
+    if header_bytes == 12:
+        width, height = struct.unpack_from("<HH", data, 18)
+    elif header_bytes in (40, 52, 56, 64, 108, 124):
+        width, height = struct.unpack_from("<Ii", data, 18)
+    else:
+        raise ValueError("no header of a known kind")
+    return width, abs(height), 1
+
+
+def _tiff(data: memoryview) -> tuple[int, int, int]:
+    """The first directory, that is the first page."""
+    tags = _tiff_tags(data, (_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ORIENTATION))
+    return tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT], _orientation(tags)
+
+
 def _exif_orientation(tiff: memoryview) -> int:
     """The orientation tag of the first directory; 1 where it is missing, damaged or out of range."""
+    if bytes(tiff[:6]) == b"Exif\0\0":
+        tiff = tiff[6:]
     try:
-        if bytes(tiff[:6]) == b"Exif\0\0":
-            tiff = tiff[6:]
-        order = {b"II": "<", b"MM": ">"}[bytes(tiff[:2])]
-        (directory,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, directory)
-        for entry in range(directory + 2, directory + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", tiff, entry)
-            if tag == 0x0112:
-                value = struct.unpack_from(order + ("I" if kind == 4 else "H"), tiff, entry + 8)[0]
-                return int(value) if 1 <= value <= 8 else 1
-    except (KeyError, struct.error):
-        pass
-    return 1
+        return _orientation(_tiff_tags(tiff, (_TIFF_ORIENTATION,)))
+    except (struct.error, LookupError, ValueError):
+        return 1
+
+
+def _orientation(tags: dict[int, int]) -> int:
+    value = tags.get(_TIFF_ORIENTATION, 1)
+    return value if 1 <= value <= 8 else 1
+
+
+def _tiff_tags(tiff: memoryview, wanted: Collection[int]) -> dict[int, int]:
+    """The numbers of the first directory's tags; of a tag that is there twice the last, as Pillow has it."""
+    order = {b"II": "<", b"MM": ">"}[bytes(tiff[:2])]
+    (directory,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, directory)
+    if count > _MAX_TAGS:
+        raise ValueError("too many tags")
+    tags: dict[int, int] = {}
+    for entry in range(directory + 2, directory + 2 + 12 * count, 12):
+        tag, kind = struct.unpack_from(order + "HH", tiff, entry)
+        if tag in wanted and kind in _TIFF_TYPES:
+            (tags[tag],) = struct.unpack_from(order + _TIFF_TYPES[kind], tiff, entry + 8)
+    return tags
+
+
+_PARSERS: dict[str, Callable[[memoryview], tuple[int, int, int]]] = {
+    "JPEG": _jpeg,
+    "PNG": _png,
+    "WEBP": _webp,
+    "GIF": _gif,
+    "BMP": _bmp,
+    "TIFF": _tiff,
+}

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from mmv1.errors import ImageError
 from mmv1.preprocess.header import ImageHeader, probe_header
 
-# The type says where a picture may come from: bytes are an encoded file, a str is always a URL (data:, http:, https:), a Path
-# is a local file. Only the offline API makes Paths and PIL images; nothing that came over HTTP ever becomes one.
+# The type says where a picture may come from: bytes are an encoded file, a str is always a URL (data:, http:, https:, file:), a
+# Path is a local file. Only the offline API makes Paths and PIL images; nothing that came over HTTP ever becomes one.
 ImageSource = bytes | str | Path | Image.Image
 
 DECODE_POLICY = "rgb/white-background/exif/first-frame/1"  # enters mm_hash: changes whenever `to_rgb` or the decoder does
@@ -38,6 +38,7 @@ class ImageLimits:
     max_encoded_bytes: int
     max_pixels: int
     max_side: int
+    extra_formats: tuple[str, ...] = ()  # "BMP", "TIFF": what is accepted besides JPEG, PNG, WebP and GIF
 
     def check_encoded(self, num_bytes: int) -> None:
         if num_bytes > self.max_encoded_bytes:
@@ -59,19 +60,9 @@ class ImageLimits:
 def accept_bytes(data: bytes, limits: ImageLimits) -> EncodedImage:
     """Encoded bytes from anywhere, probed and within the limits. Raises ImageError."""
     limits.check_encoded(len(data))
-    header = probe_header(data)
+    header = probe_header(data, limits.extra_formats)
     limits.check_size(header.width, header.height)
     return EncodedImage(data, header)
-
-
-def read_file(path: Path, limits: ImageLimits) -> EncodedImage:
-    """A local file, for offline use. Raises ImageError."""
-    try:
-        limits.check_encoded(path.stat().st_size)
-        data = path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"the image file {path.name!r} cannot be read ({type(error).__name__})") from None
-    return accept_bytes(data, limits)
 
 
 def encode_pil(image: Image.Image, limits: ImageLimits) -> EncodedImage:

@@ -1,12 +1,13 @@
-"""Pixels by hash: answers the core's PixelRequests from the slab, else from the pool, each picture's work done once.
+"""Pixels by hash: answers the core's PixelRequests from the slab, the shared store or the pool, each picture's work done once.
 
-The order slab -> pool stands in two neighbouring methods, `request` and `_produce`; a further store of processed pictures goes
-at the head of `_produce`. One event loop, one owner: the ledger, the tickets and the jobs all live here.
+The order slab -> store -> pool stands in `request` and `_fill`. One event loop, one owner: the ledger, the tickets and the jobs
+all live here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,10 +18,13 @@ from mmv1.preprocess.media import EncodedImage
 from mmv1.preprocess.pool import PreprocessPool
 from mmv1.preprocess.pool_messages import DecodeJob
 from mmv1.preprocess.slab import SlabLedger
+from mmv1.preprocess.store import SharedStore
+from mmv1.preprocess.timings import StageTimings
 from mmv1.types import FeatureFailed, FeatureReady, PixelRequest, SlabShort
 
 SendFeature = Callable[[FeatureReady | FeatureFailed | SlabShort], None]
 
+_CLOSING_PATIENCE_S = 1.0
 _PATIENCE_S = 0.2  # a picture waits so long for room in the slab before the core is told
 
 
@@ -42,11 +46,16 @@ class _Picture:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """One picture on its way into the slab: waiting for a slot (no task yet), then for a worker, then with one."""
+    """One picture on its way into the slab: waiting for a slot (no task yet), then for the store, for a worker, with one."""
 
     job_id: int
     picture: _Picture
+    started: float
     task: asyncio.Task[None] | None = None
+
+
+class _UnwantedError(Exception):
+    """The core released the picture before a worker had it."""
 
 
 class PixelService:
@@ -54,13 +63,25 @@ class PixelService:
 
     For the core a picture is in one of three states: nothing; awaited, with the ticket of the newest request; held, its slot
     pinned once for the core however often it was asked for. `release` ends both. A job pins its slot too, so that a worker
-    never writes where something else lies, whatever the core has decided meanwhile.
+    never writes where something else lies, whatever the core has decided meanwhile; and so does a picture that is being kept
+    in the store. `store` None: there is none.
     """
 
-    def __init__(self, *, rules: PatchRules, ledger: SlabLedger, pool: PreprocessPool, send: SendFeature) -> None:
+    def __init__(
+        self,
+        *,
+        rules: PatchRules,
+        ledger: SlabLedger,
+        pool: PreprocessPool,
+        store: SharedStore | None,
+        timings: StageTimings,
+        send: SendFeature,
+    ) -> None:
         self._rules = rules
         self._ledger = ledger
         self._pool = pool
+        self._store = store
+        self._timings = timings
         self._send = send
         self._pictures: dict[bytes, _Picture] = {}
         self._awaited: dict[bytes, int] = {}  # mm_hash -> ticket
@@ -68,10 +89,11 @@ class PixelService:
         self._jobs: dict[bytes, _Job] = {}
         self._next_job_id = 0
         self._pressing: asyncio.Task[None] | None = None
+        self._saves: set[asyncio.Task[None]] = set()
         self.num_slab_hits = 0
+        self.num_store_hits = 0
         self.num_decodes = 0
         self.num_failures = 0
-        self.decode_seconds = 0.0
 
     @property
     def encoded_bytes(self) -> int:
@@ -132,14 +154,18 @@ class PixelService:
         self._admit()
 
     async def close(self) -> None:
+        """Pictures that are being kept are, unless that takes long; all else ends at once."""
+        if self._saves:
+            await asyncio.wait(self._saves, timeout=_CLOSING_PATIENCE_S)
         tasks = [job.task for job in self._jobs.values() if job.task is not None]
         tasks += [self._pressing] if self._pressing is not None else []
+        tasks += self._saves
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _start_job(self, mm_hash: bytes, picture: _Picture) -> None:
-        job = self._jobs[mm_hash] = _Job(self._next_job_id, picture)
+        job = self._jobs[mm_hash] = _Job(self._next_job_id, picture, time.perf_counter())
         self._next_job_id += 1
         offset = self._ledger.allocate(mm_hash, picture.place.nbytes)
         if offset is not None:
@@ -163,10 +189,42 @@ class PixelService:
 
     async def _produce(self, mm_hash: bytes, job: _Job, offset: int) -> None:
         """Have the patches written at `offset`, and answer whoever still waits. A withdrawn job ends here by cancellation."""
-        place = job.picture.place
+        self._timings.observe("slab", time.perf_counter() - job.started)
+        try:
+            is_new = await self._fill(mm_hash, job, offset)
+        except _UnwantedError:
+            del self._jobs[mm_hash]
+            self._ledger.discard(mm_hash)
+            self._admit()
+        except ImageError as error:
+            self._failed(mm_hash, error.message, error.code)
+        except Exception as error:
+            if not isinstance(error, EngineError):  # the pool has ended, and has said so
+                logger.exception("Having a picture processed failed")
+            self._failed(mm_hash, "the image could not be processed: the server is failing", "internal_error")
+        else:
+            if is_new:
+                self._keep(mm_hash, job.picture, offset)
+            self._ready(mm_hash, offset, job.picture.place.nbytes)
+
+    async def _fill(self, mm_hash: bytes, job: _Job, offset: int) -> bool:
+        """The patches from the store, else from the pool: whether they are new to the store. Raises ImageError, EngineError;
+        _UnwantedError when the core no longer wants them and nothing has been done yet."""
+        image, place = job.picture.image, job.picture.place
+        store = self._store_for(job.picture)
+        if store is not None:
+            started = time.perf_counter()
+            found = await store.load(mm_hash, place, offset)
+            self._timings.observe("store_get", time.perf_counter() - started)
+            if found:
+                self.num_store_hits += 1
+                return False
+            if mm_hash not in self._awaited:  # released meanwhile
+                store.drop_lease(mm_hash)
+                raise _UnwantedError
         decode = DecodeJob(
             job_id=job.job_id,
-            header=job.picture.image.header,
+            header=image.header,
             resized_height=place.resized_height,
             resized_width=place.resized_width,
             patch_size=self._rules.patch_size,
@@ -176,17 +234,41 @@ class PixelService:
             nbytes=place.nbytes,
         )
         try:
-            seconds = await self._pool.submit(decode, job.picture.image.data)
-        except ImageError as error:
-            self._failed(mm_hash, error.message, error.code)
-        except Exception as error:
-            if not isinstance(error, EngineError):  # the pool has ended, and has said so
-                logger.exception("Having a picture processed failed")
-            self._failed(mm_hash, "the image could not be processed: the server is failing", "internal_error")
-        else:
-            self.num_decodes += 1
-            self.decode_seconds += seconds  # added only here: the sum may have changed while this job was waited for
-            self._ready(mm_hash, offset, place.nbytes)
+            times = await self._pool.submit(decode, image.data)
+        except BaseException:  # a withdrawal's cancellation too
+            if store is not None:
+                store.drop_lease(mm_hash)
+            raise
+        self.num_decodes += 1
+        self._timings.observe("queue", times.queue_s)
+        self._timings.observe("decode", times.decode_s)
+        self._timings.observe("resize", times.resize_s)
+        return store is not None
+
+    def _store_for(self, picture: _Picture) -> SharedStore | None:
+        num_pixels = picture.image.header.width * picture.image.header.height
+        return self._store if self._store is not None and self._store.takes(num_pixels, picture.place) else None
+
+    def _keep(self, mm_hash: bytes, picture: _Picture, offset: int) -> None:
+        """Put a new picture into the store, behind the answer and with a pin of its own; not while the slab is short of room."""
+        store = self._store_for(picture)
+        if store is None:
+            return
+        if self._ledger.num_waiting or not store.may_save():
+            store.drop_lease(mm_hash)
+            return
+        self._ledger.pin(mm_hash)
+
+        async def save() -> None:
+            started = time.perf_counter()
+            await store.save(mm_hash, picture.place, offset)
+            self._timings.observe("store_set", time.perf_counter() - started)
+            self._ledger.unpin(mm_hash)
+            self._admit()
+
+        task = asyncio.create_task(save())
+        self._saves.add(task)
+        task.add_done_callback(self._saves.discard)
 
     def _ready(self, mm_hash: bytes, offset: int, nbytes: int) -> None:
         del self._jobs[mm_hash]

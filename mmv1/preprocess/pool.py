@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from mmv1.preprocess.pool_messages import (
     DecodeJob,
     JobDone,
     JobFailed,
+    JobTimes,
     PoolAnswer,
     PoolSettings,
     WorkerReady,
@@ -31,12 +33,14 @@ from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
 
 _MAX_ATTEMPTS = 2  # a job whose worker died is tried once more
 _JOB_CPU_SECONDS = 30.0  # then the worker is killed; the slowest honest picture within the limits takes about two
+_WORKER_MEMORY_BYTES = 1 << 30  # what a worker may map on top of what it starts with
 
-# Image-sized blocks come from the heap and stay there: otherwise every picture maps, faults and unmaps its buffers anew. One
-# thread: the workers are the parallelism, and a fork must not lose a thread pool.
+# Blocks of ordinary pictures come from the heap and stay there: otherwise every picture maps, faults and unmaps its buffers
+# anew. What a large picture needs beyond that goes back to the system. One thread: the workers are the parallelism, and a fork
+# must not lose a thread pool.
 _POOL_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "MALLOC_ARENA_MAX": "1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -48,7 +52,9 @@ _POOL_ENVIRONMENT = {
 class _PoolJob:
     job: DecodeJob
     payload: bytes
-    result: asyncio.Future[float]
+    result: asyncio.Future[JobTimes]
+    submitted_s: float = field(default_factory=time.perf_counter)
+    queue_s: float = 0.0
     attempts: int = 0
 
 
@@ -63,7 +69,7 @@ class _Worker:
 class PreprocessPool:
     """Runs DecodeJobs in order of arrival, one at a time per worker.
 
-    `submit` gives a future: seconds of work, or ImageError (the picture's fault, or its worker died twice), or EngineError
+    `submit` gives a future: JobTimes, or ImageError (the picture's fault, or its worker died twice), or EngineError
     (the pool has ended). `on_failure` is called once, with a sentence, when the pool has ended by itself and for good.
     """
 
@@ -94,6 +100,7 @@ class PreprocessPool:
             slab_bytes=self._slab_bytes,
             num_workers=self._num_workers,
             job_cpu_seconds=_JOB_CPU_SECONDS,
+            worker_memory_bytes=_WORKER_MEMORY_BYTES,
         )
         self._process = await child.start(
             *("mmv1.preprocess.pool_process", msgspec.json.encode(settings).decode()),
@@ -126,7 +133,7 @@ class PreprocessPool:
         """The parent process, which the workers are children of."""
         return None if self._process is None else self._process.pid
 
-    def submit(self, job: DecodeJob, payload: bytes) -> asyncio.Future[float]:
+    def submit(self, job: DecodeJob, payload: bytes) -> asyncio.Future[JobTimes]:
         pool_job = _PoolJob(job, payload, asyncio.get_running_loop().create_future())
         if self._dead is not None:
             pool_job.result.set_exception(EngineError(self._dead))
@@ -149,6 +156,7 @@ class PreprocessPool:
             worker, pool_job = self._idle.pop(), self._pending.popleft()
             worker.current = pool_job
             pool_job.attempts += 1
+            pool_job.queue_s = time.perf_counter() - pool_job.submitted_s
             sending = asyncio.create_task(self._send(worker, pool_job))
             self._sending.add(sending)
             sending.add_done_callback(self._sending.discard)
@@ -221,7 +229,7 @@ class PreprocessPool:
         if isinstance(answer, JobFailed):
             pool_job.result.set_exception(ImageError(answer.message, code=answer.code))
         else:
-            pool_job.result.set_result(answer.seconds)
+            pool_job.result.set_result(JobTimes(pool_job.queue_s, answer.decode_s, answer.resize_s))
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         status = await process.wait()

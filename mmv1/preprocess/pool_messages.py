@@ -3,9 +3,19 @@ so they are small, typed, and believed only about the worker they come from."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 from mmv1.preprocess.header import ImageHeader
+
+
+class JobTimes(NamedTuple):
+    """Where the time of one job went, in seconds. Of a job that was tried twice, the second try."""
+
+    queue_s: float  # from `submit` to the hand-over to a worker
+    decode_s: float
+    resize_s: float  # cutting into patches included
 
 
 class DecodeJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +43,8 @@ class JobDone(msgspec.Struct, frozen=True, tag="done"):
     worker: int
     generation: int
     job_id: int
-    seconds: float
+    decode_s: float
+    resize_s: float
 
 
 class JobFailed(msgspec.Struct, frozen=True, tag="failed"):
@@ -57,6 +68,7 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
     slab_bytes: int
     num_workers: int
     job_cpu_seconds: float
+    worker_memory_bytes: int  # of address space, beyond what is mapped when the worker starts to serve
 
 
 def worker_socket(worker: int, generation: int) -> str:

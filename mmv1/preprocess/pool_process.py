@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import select
 import shutil
 import signal
 import sys
-import time
+from pathlib import Path
 
 import msgspec
 
@@ -33,8 +34,10 @@ from mmv1.preprocess.pool_messages import (
 from mmv1.preprocess.slab import map_slab
 from mmv1.wire import Receiver, Sender, ipc_address
 
-_STDIN = 0
+_STDIN, _STDERR = 0, 2
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+_MAX_OPEN_FILES = 64
 _START_FAILED = 3  # exit status of a worker that never came to serve: another fork would fare no better
 
 
@@ -98,6 +101,7 @@ def _fork(settings: PoolSettings, index: int, generation: int) -> int:
     try:
         _restrict(parent)
         worker = _Worker(settings, index, generation)
+        _limit_resources(settings.worker_memory_bytes)
         status = 1
         worker.serve()
     except BaseException:
@@ -107,17 +111,32 @@ def _fork(settings: PoolSettings, index: int, generation: int) -> int:
 
 
 def _restrict(parent: int) -> None:
-    """Die with the parent, gain no privileges, and leave the parent's signals and input alone."""
+    """Die with the parent, gain no privileges, reach no network, and leave the parent's signals, input and log alone."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    null = os.open(os.devnull, os.O_RDONLY)
+    sys.stderr = os.fdopen(os.dup(_STDERR), "w", buffering=1)
+    configure_logging("preprocess")
+    null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, _STDIN)
+    os.dup2(null, _STDERR)  # where C libraries complain of pictures, whose senders could fill the log with it
+    os.close(null)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
+        if libc.unshare(_CLONE_NEWNET):  # an ordinary user may have an empty network of his own in a user namespace, if at all
+            libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.getppid() != parent:
         raise ChildProcessError("the parent is gone")
+
+
+def _limit_resources(memory_bytes: int) -> None:
+    """What a decoder gone astray may take, from here on: memory, files, and no core dump, which would hold users' pictures."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_OPEN_FILES, _MAX_OPEN_FILES))
+    if sys.platform == "linux":
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes, mapped + memory_bytes))
 
 
 class _Worker:
@@ -145,12 +164,12 @@ class _Worker:
             del received, payload
 
     def _run(self, job: DecodeJob, payload: memoryview | None) -> PoolAnswer:
-        started = time.perf_counter()
+        out = self._slab[job.offset : job.offset + job.nbytes]
         try:
-            decode_into(payload if payload is not None else b"", job, self._slab[job.offset : job.offset + job.nbytes])
+            decode_s, resize_s = decode_into(payload if payload is not None else b"", job, out)
         except ImageError as error:
             return JobFailed(self._index, self._generation, job.job_id, error.message, error.code)
-        return JobDone(self._index, self._generation, job.job_id, time.perf_counter() - started)
+        return JobDone(self._index, self._generation, job.job_id, decode_s, resize_s)
 
 
 if __name__ == "__main__":

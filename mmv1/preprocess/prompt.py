@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders
 
 from mmv1.config import read_json
 from mmv1.errors import ConfigError, ContextLengthError, RequestError
+from mmv1.preprocess.image_settings import NOTHING_SAID, ImageSettings
 from mmv1.preprocess.media import ImageSource
 
 _NFC_JOINS = 3  # at most so many bytes become one when a tokenizer brings text into normal form C
@@ -39,6 +40,7 @@ class TextPart:
 @dataclass(frozen=True, slots=True)
 class ImagePart:
     source: ImageSource
+    settings: ImageSettings = NOTHING_SAID
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,10 @@ class Message:
     content: str | Sequence[TextPart | ImagePart]
 
 
-def image_sources(messages: Sequence[Message]) -> list[ImageSource]:
+def image_parts(messages: Sequence[Message]) -> list[ImagePart]:
     """The pictures of a conversation, in the order of their placeholders."""
     parts = (part for message in messages if not isinstance(message.content, str) for part in message.content)
-    return [part.source for part in parts if isinstance(part, ImagePart)]
+    return [part for part in parts if isinstance(part, ImagePart)]
 
 
 class PromptRenderer:
@@ -160,13 +162,16 @@ class PromptRenderer:
         if self._max_text_bytes is not None and num_bytes > self._max_text_bytes:
             limit = f"with at least one token of answer this model takes {self._max_model_len} tokens"
             raise ContextLengthError(f"the prompt has {num_bytes} bytes of text, which cannot fit: {limit}")
-        # In a batch, which unlike `encode` lets other threads run meanwhile.
-        encoded = self.tokenizer.encode_batch_fast(plain, add_special_tokens=False)
-        ids = list(encoded[0].ids)
-        for special_id, piece in zip(special_ids, encoded[1:], strict=True):
+        ids = self._encode_plain(plain[0])
+        for special_id, piece in zip(special_ids, plain[1:], strict=True):
             ids.append(special_id)
-            ids += piece.ids
+            ids += self._encode_plain(piece)
         return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """In a batch of one: unlike `encode` it lets other threads run meanwhile, and unlike a larger batch it wakes no threads
+        of the library's own, which takes as much of the processor as an ordinary prompt itself."""
+        return list(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids) if text else []
 
 
 def _max_text_bytes(tokenizer: Tokenizer, max_model_len: int) -> int | None:

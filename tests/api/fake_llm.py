@@ -16,6 +16,7 @@ from mmv1.engine.output_processor import CompletionOutput, PositionLogprobs, Req
 from mmv1.errors import EngineDeadError
 from mmv1.preprocess.preprocessor import PreprocessStats
 from mmv1.preprocess.prompt import Message
+from mmv1.preprocess.timings import StageTimings
 from mmv1.types import EngineReady, SamplingParams, SchedulerStats
 
 MODEL = "fake-model"
@@ -36,7 +37,7 @@ class FakeLLM:
     def __init__(self, model_dir: Path, pieces: tuple[str, ...] = PIECES) -> None:
         self.config = resolve(EngineArgs(model=str(model_dir), served_model_name=MODEL))
         self.preprocess_stats = PreprocessStats(num_decodes=3, num_slab_hits=2, slab_bytes=100)
-        self.preprocessor = SimpleNamespace(stats=lambda: self.preprocess_stats)
+        self.preprocessor = SimpleNamespace(stats=lambda: self.preprocess_stats, timings=StageTimings())
         self.ready = EngineReady(
             max_model_len=128, num_kv_blocks=10, block_size=16, encoder_cache_bytes=1 << 20, attention_backend="sdpa",
             device="cpu", dtype="float32",
@@ -55,9 +56,9 @@ class FakeLLM:
         self.aborted: list[str] = []
 
     async def generate(
-        self, prompt: list[Message], sampling_params: SamplingParams, *, request_id: str, priority: int, cache_salt: str
+        self, prompt: list[Message], sampling_params: SamplingParams, *, request_id: str, **options: object
     ) -> AsyncIterator[RequestOutput]:
-        self.asked.append((prompt, sampling_params, {"priority": priority, "cache_salt": cache_salt}))
+        self.asked.append((prompt, sampling_params, options))
         self.running.add(request_id)
         finished = False
         try:
@@ -68,7 +69,7 @@ class FakeLLM:
                     raise self.error
                 last = i == len(self.pieces) - 1
                 outputs = [self._news(index, i, piece, last, sampling_params) for index in range(sampling_params.n)]
-                yield RequestOutput(request_id, outputs, 5, num_cached_tokens=4 if i == 0 else 0, finished=last)
+                yield RequestOutput(request_id, outputs, 5, 4 if i == 0 else 0, finished=last, num_image_tokens=3)
                 await asyncio.sleep(0)
             finished = True
         finally:

@@ -11,6 +11,7 @@ import pytest
 from mmv1.api.chat import SamplingDefaults, to_conversation, to_sampling_params
 from mmv1.api.protocol import decode_chat_request
 from mmv1.errors import ConfigError, ContextLengthError, EngineDeadError, EngineError, ImageError
+from mmv1.preprocess.image_settings import ImageSettings
 from mmv1.preprocess.prompt import ImagePart, Message, TextPart
 from tests.api.fake_llm import PIECES, FakeLLM, body, client_of, make_model_dir
 
@@ -45,11 +46,42 @@ def test_messages_become_a_conversation() -> None:
             {"role": "assistant", "content": "b"},
         ]
     )
+    place = "messages[1].content[1].image_url"
+    settings = ImageSettings(min_param=f"{place}.min_pixels", max_param=f"{place}.max_pixels")
     assert to_conversation(request) == [
         Message("system", "be brief"),
-        Message("user", [TextPart("a"), ImagePart("data:,x")]),
+        Message("user", [TextPart("a"), ImagePart("data:,x", settings)]),
         Message("assistant", "b"),
     ]
+
+
+def test_what_is_said_of_a_picture_goes_with_it() -> None:
+    said = [{"detail": "low"}, {"min_pixels": 5, "max_pixels": 9}, {"detail": "high", "max_pixels": None}]
+    request = request_of(
+        messages=[
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x", **each}} for each in said]}
+        ]
+    )
+    (message,) = to_conversation(request)
+    settings = [part.settings for part in message.content]
+    assert [(s.detail, s.min_pixels, s.max_pixels) for s in settings] == [("low", None, None), (None, 5, 9), ("high", None, None)]
+    assert settings[2].max_param == "messages[0].content[2].image_url.max_pixels"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        (None, (None, None)),
+        ({}, (None, None)),
+        ({"min_pixels": 5, "max_pixels": 9}, (5, 9)),
+        ({"size": {"shortest_edge": 5, "longest_edge": 9}}, (5, 9)),
+        ({"size": {"longest_edge": 9}, "max_pixels": 7, "min_pixels": None}, (None, 7)),
+    ],
+)
+def test_mm_processor_kwargs_reach_the_engine(llm: FakeLLM, kwargs: object, expected: object) -> None:
+    assert post(llm, mm_processor_kwargs=kwargs).status_code == 200
+    settings = llm.asked[0][2]["image_settings"]
+    assert (settings.min_pixels, settings.max_pixels) == expected
 
 
 def test_every_parameter_reaches_the_engine() -> None:
@@ -91,14 +123,14 @@ def test_full_answer(llm: FakeLLM) -> None:
         "prompt_tokens": 5,
         "completion_tokens": 8,
         "total_tokens": 13,
-        "prompt_tokens_details": {"cached_tokens": 4},
+        "prompt_tokens_details": {"cached_tokens": 4, "image_tokens": 3},
     }
     for index, choice in enumerate(answer["choices"]):
         assert choice["index"] == index
         assert choice["message"] == {"role": "assistant", "content": TEXT, "refusal": None}
         assert choice["finish_reason"] == "length"
         assert choice["logprobs"] is None
-    assert llm.asked[0][2] == {"priority": -3, "cache_salt": "s"}
+    assert llm.asked[0][2] == {"priority": -3, "cache_salt": "s", "image_settings": ImageSettings()}
     assert llm.aborted == []
 
 
@@ -109,6 +141,7 @@ def test_events(llm: FakeLLM) -> None:
     assert done == "[DONE]"
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == 8
+    assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 4, "image_tokens": 3}
     assert all(chunk["usage"] is None for chunk in chunks)
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in [*chunks, usage]}) == 1
     for index in range(2):

@@ -37,7 +37,9 @@ def test_every_setting_is_an_option() -> None:
         "gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 7, "num_gpu_blocks_override": 8, "enable_prefix_caching": False,
         "encoder_cache_bytes": 10, "limit_mm_per_prompt": {"image": 4}, "max_pixels": 11, "min_pixels": 12,
         "preprocess_workers": 2, "preprocess_slab_gb": 0.25, "hash_algorithm": "xxh3",
-        "allowed_media_domains": ["a.org", "b.org"], "media_fetch_timeout_s": 2.5,
+        "allowed_media_domains": ["a.org", "b.org"], "allowed_local_media_path": "/media", "media_fetch_timeout_s": 2.5,
+        "extra_image_formats": ["bmp", "tiff"],
+        "redis_url": "redis://r:1/2", "redis_ttl_s": 13, "redis_min_bytes": 14, "cache_secret_file": "/secret",
     }  # fmt: skip
     assert {"model", *given} == {field.name for field in dataclasses.fields(EngineArgs)}
     arguments = []

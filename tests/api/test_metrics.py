@@ -1,13 +1,15 @@
-"""/metrics and the statistics line: the engine's counters as they are, and what clients feel."""
+"""/metrics: the counters of engine and preprocessor as they are, and what clients feel; and its page in docs/."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from mmv1.api.metrics import StatisticsLine
 from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.preprocess.timings import STAGES
 from mmv1.types import SchedulerStats
 from tests.api.fake_llm import MODEL, FakeLLM, body, client_of
 
@@ -67,22 +69,53 @@ def test_an_aborted_request_is_counted(llm: FakeLLM) -> None:
     asyncio.run(main())
 
 
-def test_statistics_line_has_rates_and_is_silent_when_idle() -> None:
-    statistics = StatisticsLine()
-    assert statistics.next(SchedulerStats(), PreprocessStats(), 10) is None
-    busy = SchedulerStats(
-        num_steps=9, num_running=1, num_kv_blocks=4, num_kv_blocks_used=1, num_generation_tokens=50,
-        num_prompt_tokens_computed=200, prefix_cache_queries=10, prefix_cache_hits=4,
+def scrape_once(llm: FakeLLM) -> str:
+    """/metrics, after one answer: a counter with a label of its own is there from its first count on."""
+    async def main() -> str:
+        async with client_of(llm) as client:
+            await client.post("/v1/chat/completions", json=body())
+            return (await client.get("/metrics")).text
+
+    return asyncio.run(main())
+
+
+def test_stages_are_one_family_of_histograms(llm: FakeLLM) -> None:
+    for seconds in (0.0004, 0.001, 0.003, 100.0):
+        llm.preprocessor.timings.observe("decode", seconds)
+    samples = scrape(scrape_once(llm))
+    name = "mmv1:preprocess_seconds"
+    below = {"0.0005": 1, "0.001": 2, "0.002": 2, "0.004": 3, "8.192": 3, "+Inf": 4}
+    assert {bound: samples[f"{name}_bucket", bound, "decode"] for bound in below} == below
+    assert samples[f"{name}_count", "decode"] == 4
+    assert samples[f"{name}_sum", "decode"] == 100.0044
+    assert [samples[f"{name}_count", stage] for stage in STAGES if stage != "decode"] == [0] * (len(STAGES) - 1)
+
+
+def test_levels_and_the_shared_store(llm: FakeLLM) -> None:
+    llm.preprocess_stats = PreprocessStats(
+        num_slab_hits=1, num_decodes=2, num_store_hits=3, num_store_misses=4, num_store_failures=5, num_store_saves=6,
+        num_store_saves_skipped=7, num_lease_waits=8, store_is_up=True,
     )  # fmt: skip
-    decoded = PreprocessStats(num_decodes=3, decode_seconds=0.06)
-    line = statistics.next(busy, decoded, 10)
-    assert "prompt throughput: 20.0 tokens/s" in line
-    assert "generation throughput: 5.0 tokens/s" in line
-    assert "Running: 1 reqs, Waiting: 0 reqs" in line
-    assert "KV cache usage: 25.0%" in line
-    assert "Prefix cache hit rate: 40.0%" in line
-    assert "Encoder cache hit rate: -" in line
-    assert "3 images decoded, 20.0 ms each" in line
-    busy_without_progress = SchedulerStats(num_steps=9, num_running=1)
-    assert statistics.next(busy_without_progress, decoded, 10) is not None
-    assert statistics.next(SchedulerStats(num_steps=9), decoded, 10) is None
+    expected = {
+        "slab_hits_total": 1, "decodes_total": 2, "store_hits_total": 3, "store_misses_total": 4, "store_failures_total": 5,
+        "store_saves_total": 6, "store_saves_skipped_total": 7, "lease_waits_total": 8, "store_up": 1,
+    }  # fmt: skip
+    samples = scrape(scrape_once(llm))
+    assert {name: samples[(f"mmv1:preprocess_{name}",)] for name in expected} == expected
+    llm.preprocess_stats = PreprocessStats()
+    assert scrape(scrape_once(llm))[("mmv1:preprocess_store_up",)] == 0
+
+
+def test_the_page_about_metrics_has_each_of_them(llm: FakeLLM) -> None:
+    """Its name, type and label; the library adds, unasked, when each of its own began to count."""
+    served = {}
+    for family in text_string_to_metric_families(scrape_once(llm)):
+        if family.name.endswith("_created"):
+            continue
+        labels = {label for sample in family.samples for label in sample.labels} - {"model_name", "le"}
+        name = family.name + "_total" if family.type == "counter" else family.name
+        served[name] = (family.type, ", ".join(sorted(labels)))
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(mmv1:\w+)` \| (\w+) \| (?:`(\w+)`)? ?\| .+ \|$", page, re.MULTILINE)
+    assert {name: (kind, label) for name, kind, label in rows} == served
+    assert len(rows) == len(served)

@@ -44,6 +44,13 @@ BAD = {
     "cache_salt": [*NOT_A_STRING, "", "x" * 257],
     "skip_special_tokens": NOT_A_BOOL,
     "include_stop_str_in_output": NOT_A_BOOL,
+    "mm_processor_kwargs": [
+        *("x", 1, [], True),
+        *({name: value} for name in ("min_pixels", "max_pixels") for value in [*NOT_AN_INT, 0, -1, 2**63, 10**40]),
+        {"size": 784},
+        {"size": {"shortest_edge": "784"}},
+        {"size": {"longest_edge": 0}},
+    ],
     "user": [*NOT_A_STRING, "x" * 257],
     "safety_identifier": NOT_A_STRING,
     "prompt_cache_key": NOT_A_STRING,
@@ -84,7 +91,6 @@ UNSUPPORTED = {
     "chat_template_kwargs": [{"a": 1}],
     "add_generation_prompt": [False],
     "continue_final_message": [True],
-    "mm_processor_kwargs": [{"max_pixels": 1}],
 }
 HARMLESS = {
     "tools": [],
@@ -139,8 +145,12 @@ BAD_MESSAGES = [
     ("messages[0].content[0].image_url", user_says({"type": "image_url", "image_url": "data:"}), "invalid_type"),
     ("messages[0].content[0].image_url.url", user_shows(), "missing_required_parameter"),
     ("messages[0].content[0].image_url.url", user_shows(url=""), "invalid_value"),
-    ("messages[0].content[0].image_url.detail", user_shows(url="x", detail="low"), "unsupported_parameter"),
+    ("messages[0].content[0].image_url.detail", user_shows(url="x", detail="tiny"), "invalid_value"),
     ("messages[0].content[0].image_url.detail", user_shows(url="x", detail=1), "invalid_type"),
+    ("messages[0].content[0].image_url.min_pixels", user_shows(url="x", min_pixels=0), "invalid_value"),
+    ("messages[0].content[0].image_url.max_pixels", user_shows(url="x", max_pixels="9"), "invalid_type"),
+    ("messages[0].content[0].image_url.max_pixels", user_shows(url="x", max_pixels=True), "invalid_type"),
+    ("messages[0].content[0].image_url.max_pixel", user_shows(url="x", max_pixel=9), "unknown_parameter"),
     ("messages[0].content[0].uuid", user_says({"type": "text", "text": "x", "uuid": "1"}), "unknown_parameter"),
     ("messages", [{"role": "user", "content": "x"}] * 2049, "invalid_value"),
 ]  # fmt: skip
@@ -185,6 +195,25 @@ def test_what_is_not_built_is_refused(field: str, value: object) -> None:
 def test_a_wrong_message_is_named_by_its_place(param: str, messages: list[object], code: str) -> None:
     error = refused(json.dumps(body(messages=messages)).encode())
     assert (error.param, error.code) == (param, code)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "param"),
+    [
+        ({"fps": 2}, "mm_processor_kwargs.fps"),
+        ({"min_pixels": 5, "do_resize": False}, "mm_processor_kwargs.do_resize"),
+        ({"size": {"height": 5}}, "mm_processor_kwargs.size.height"),
+    ],
+)
+def test_an_unknown_processor_setting_is_named(kwargs: dict[str, object], param: str) -> None:
+    error = refused(json.dumps(body(mm_processor_kwargs=kwargs)).encode())
+    assert (error.param, error.code) == (param, "unknown_parameter")
+
+
+def test_what_is_said_of_a_picture_is_accepted() -> None:
+    details = [{"detail": detail} for detail in ("low", "high", "auto", None)]
+    for said in (*details, {}, {"detail": "low", "min_pixels": 1, "max_pixels": 2}, {"min_pixels": None}):
+        decode_chat_request(json.dumps(body(messages=user_shows(url="x", **said))).encode())
 
 
 def test_harmless_fields_and_nulls_are_accepted() -> None:

@@ -57,6 +57,14 @@ def children_of(pid: int) -> list[int]:
     return found[1:]
 
 
+def private_mib(pid: int) -> float:
+    """Memory that is this process's alone."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in fields if line.startswith("RssAnon:")) / 1024
+    return 0.0
+
+
 def command_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
@@ -82,8 +90,9 @@ def listening_tcp_ports(pid: int) -> set[int]:
 class Server:
     """A running server. `log` is what it has written so far."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log_path: Path, model_dir: Path) -> None:
         self.process = process
+        self.model_dir = model_dir
         self._log_path = log_path
         self.port = 0
         self.started: list[int] = []  # the processes below it, as of when it was ready
@@ -123,6 +132,10 @@ class Server:
         families = text_string_to_metric_families(self.http.get(f"{self.url}/metrics").text)
         return {sample.name.removeprefix("mmv1:"): sample.value for family in families for sample in family.samples}
 
+    def memory_mib(self) -> float:
+        """What it and its processes have private of it, slab and shared pages left out."""
+        return sum(private_mib(pid) for pid in (self.process.pid, *children_of(self.process.pid)))
+
     def pid_of(self, module: str) -> int:
         (pid,) = [pid for pid in children_of(self.process.pid) if module in command_of(pid)]
         return pid
@@ -145,7 +158,7 @@ def serving(model_dir: Path, folder: Path, *options: str) -> Iterator[Server]:
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
-    server = Server(process, log_path)
+    server = Server(process, log_path, model_dir)
     try:
         server.wait_ready()
         yield server

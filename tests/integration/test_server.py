@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from prometheus_client.parser import text_string_to_metric_families
 
 from mmv1.engine.llm import LLM
 from mmv1.types import SamplingParams
@@ -104,6 +105,26 @@ def test_models_health_and_metrics(server: Server) -> None:
     grown = {name for name in now if now[name] > before.get(name, 0)}
     assert {"generation_tokens_total", "images_encoded_total", "preprocess_decodes_total", "prompt_tokens_total"} <= grown
     assert now["generation_tokens_total"] - before["generation_tokens_total"] == 5
+
+
+def stage_counts(server: Server) -> dict[str, float]:
+    """Of the histograms of preprocessing, how many pictures each stage had."""
+    families = text_string_to_metric_families(server.http.get(f"{server.url}/metrics").text)
+    samples = next(family.samples for family in families if family.name == "mmv1:preprocess_seconds")
+    return {sample.labels["stage"]: sample.value for sample in samples if sample.name.endswith("_count")}
+
+
+def test_the_stages_a_picture_went_through_are_timed(server: Server, web: Web) -> None:
+    web.files["/new.jpg"] = make_image(90, 90, seed=45)
+    before, seconds = stage_counts(server), server.metrics()["preprocess_decode_seconds_total"]
+    assert server.post(ask(make_image(90, 90, seed=44), max_tokens=1)).status_code == 200
+    by_data_url = stage_counts(server)
+    assert server.post(ask(f"{web.url}/new.jpg", max_tokens=1)).status_code == 200
+    by_url = stage_counts(server)
+    once = {"fetch": 0, "slab": 1, "store_get": 0, "queue": 1, "decode": 1, "resize": 1, "store_set": 0}
+    assert {stage: by_data_url[stage] - before[stage] for stage in before} == once
+    assert {stage: by_url[stage] - by_data_url[stage] for stage in before} == once | {"fetch": 1}
+    assert 0 < server.metrics()["preprocess_decode_seconds_total"] - seconds < 10
 
 
 # ---- pictures as they come ----------------------------------------------------------------------------------------------

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 from openai import BadRequestError
 
+from tests.integration.errors import assert_is_clear_error
 from tests.integration.server import Server, ask, body, image, text
 from tests.integration.web import Web
 from tests.pictures import encode, make_image, make_pil
 
 pytestmark = pytest.mark.slow
-
-# An address in memory, a stack's trace, a module, a path of the machine.
-LEAK = re.compile(r"0x[0-9a-fA-F]{5,}|Traceback|\.py\b|(?<![\w:<])/(?!v1\b)\w+/\w+")
-
 
 def png_of_zeros(width: int, height: int) -> bytes:
     """A PNG of black pixels, a bit each: small as a file, whatever its size."""
@@ -56,18 +51,6 @@ BAD_PICTURES: dict[str, tuple[str | bytes, str]] = {
     "another host": ("http://example.com/picture.jpg", "image_url_forbidden"),
     "the metadata service": ("http://169.254.169.254/latest", "image_url_forbidden"),
 }
-
-
-def assert_is_clear_error(answer: httpx.Response, status: int = 400, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's shape, a sentence for the client, and nothing of the server's insides."""
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == "invalid_request_error"
-    assert code is None or error["code"] == code
-    assert len(error["message"]) > 10
-    assert not LEAK.search(answer.text), answer.text
-    return error
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -9,11 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Web:
-    """`files` are what it has, by path. It never answers for `/never`, and notes when somebody asked and when they left."""
+    """`files` are what it has, by path; `headers` what it says with some of them, a Location making a redirect of it. It never
+    answers for `/never`, and notes when somebody asked and when they left."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.files: dict[str, bytes] = {}
+        self.headers: dict[str, dict[str, str]] = {}
         self.asked_for_never = threading.Event()
         self.left = threading.Event()
 
@@ -28,7 +30,10 @@ def running_web() -> Iterator[Web]:
                 web.left.set()
                 return
             found = self.path in web.files
-            self.send_response(200 if found else 404)
+            headers = web.headers.get(self.path, {})
+            self.send_response(302 if "Location" in headers else 200 if found else 404)
+            for header in headers.items():
+                self.send_header(*header)
             self.end_headers()
             self.wfile.write(web.files.get(self.path, b""))
 

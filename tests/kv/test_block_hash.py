@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mmv1.kv.block_hash import BlockHasher
+from mmv1.preprocess.hashing import ImageHasher, KeyedHasher
 from mmv1.request import Request
 from mmv1.types import MMFeature
 from tests.simulation import make_request
@@ -27,6 +28,7 @@ def picture(mm_hash: bytes, offset: int, num_tokens: int = 3) -> MMFeature:
 
 @pytest.mark.parametrize("algorithm", ["blake3", "sha256", "xxh3"])
 def test_keys_are_32_bytes_and_depend_on_every_earlier_token(algorithm: str) -> None:
+    """T-H3, T-H4."""
     tokens = list(range(16))
     base = hashes(tokens, algorithm=algorithm)
     assert [len(key) for key in base] == [32] * 4 and len(set(base)) == 4
@@ -37,6 +39,21 @@ def test_keys_are_32_bytes_and_depend_on_every_earlier_token(algorithm: str) -> 
         first = position // BLOCK
         assert other[:first] == base[:first]
         assert all(a != b for a, b in zip(other[first:], base[first:], strict=True))
+
+
+def test_70000_pictures_in_one_prompt_have_no_block_in_common() -> None:
+    """T-H5: from a picture's bytes to its block. With keys of 16 bits, as were in use elsewhere, tens of thousands would."""
+    hasher = ImageHasher(KeyedHasher("blake3", b"s" * 32), decode_policy="p")
+    extend = BlockHasher(BLOCK, "blake3", key=bytes(32)).extend
+    tokens, keys = [1, 2, 50, 50], []
+    for number in range(70_000):
+        mm_hash = hasher.mm_hash(number.to_bytes(8, "little") * 8, fingerprint="f", container="encoded")
+        request = Request(make_request("r", tokens, [picture(mm_hash, 2, 2)]), (0,))
+        extend(request, 1)
+        keys += request.block_hashes
+    assert len(keys) == len(set(keys)) == 70_000
+    assert len({key[:2] for key in keys}) < 50_000
+    assert 70_000 - len({key[:4] for key in keys}) < 10  # nothing is wrong with a part of them either
 
 
 def test_equal_blocks_after_different_parents_differ() -> None:

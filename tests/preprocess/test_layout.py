@@ -5,10 +5,13 @@ import json
 import random
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from mmv1.config import ModelConfig
-from mmv1.errors import ConfigError, ImageError
-from mmv1.preprocess.layout import Qwen2VLLayout, load_layout
+from mmv1.errors import ConfigError, ImageError, RequestError
+from mmv1.preprocess.image_settings import ImageSettings, picture_settings, processor_settings
+from mmv1.preprocess.layout import PixelLimits, Qwen2VLLayout, load_layout
 
 IDS = {"image_token_id": 1, "video_token_id": 2}
 
@@ -39,7 +42,7 @@ def test_equal_to_transformers(low, high):
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
     oracle = Qwen2VLImageProcessor(size={"shortest_edge": low, "longest_edge": high})
-    layout = make_layout(min_pixels=low, max_pixels=high)
+    layout, limits = make_layout(min_pixels=low, max_pixels=high), PixelLimits(low, high)
     most = layout.max_image_tokens(1 << 30)
     for height, width in random_sizes(500):
         try:
@@ -49,6 +52,7 @@ def test_equal_to_transformers(low, high):
                 layout.place(width, height)
             continue
         place = layout.place(width, height)
+        assert place == make_layout().place(width, height, limits)  # asked for by a request
         assert (place.resized_height, place.resized_width) == expected
         assert place.num_tokens * 4 == oracle.get_number_of_image_patches(height, width)
         assert place.grid_thw == (1, expected[0] // 14, expected[1] // 14)
@@ -70,6 +74,25 @@ def test_no_shape_has_more_tokens_than_the_bound(low, high):
     assert bound <= 8 * worst + 64  # and it is a bound worth having
 
 
+pixels = st.integers(1, 300_000) | st.integers(1, 3_000_000)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(1, 6000), st.floats(1, 200), st.booleans(), st.tuples(pixels, pixels, pixels))
+@example(56, 1, True, (1003520, 1003520, 1003520))  # both sides are rounded up
+@example(1, 200, False, (1, 784, 784))  # a strip, longer than its pixels allow
+def test_the_bound_holds_for_all_limits(side, aspect, is_wide, numbers):
+    """And what a request asks for within the server's limits passes the server's bound only by a min_pixels of its own."""
+    low, high, highest = sorted(numbers)
+    width, height = (int(side * aspect), side) if is_wide else (side, int(side * aspect))
+    layout, limits = make_layout(min_pixels=low, max_pixels=highest), PixelLimits(low, high)
+    place = layout.place(width, height, limits)
+    assert place.num_tokens <= layout.most_tokens(limits) <= layout.max_image_tokens(1 << 30)
+    assert place.nbytes == layout.image_bytes(place.num_tokens)
+    grown = layout.place(width, height, PixelLimits(high, high))
+    assert grown.num_tokens <= layout.most_tokens(PixelLimits(high, high))
+
+
 def test_max_image_tokens_within_the_context():
     assert make_layout().max_image_tokens(100) == 99
     assert make_layout().max_image_tokens(100_000) == 1280
@@ -86,8 +109,8 @@ def test_max_image_tokens_within_the_context():
 )
 def test_both_dialects(processor):
     layout = make_layout(processor)
-    assert (layout.min_pixels, layout.max_pixels) == (3136, 12845056)
-    assert make_layout(processor, max_pixels=50176).max_pixels == 50176
+    assert layout.limits == (3136, 12845056)
+    assert make_layout(processor, max_pixels=50176).limits == (3136, 50176)
 
 
 def test_defaults_are_transformers():
@@ -95,9 +118,99 @@ def test_defaults_are_transformers():
 
     # Its pixel limits are a dict of the class, which every instance made with other limits writes to: hence a size of our own.
     oracle, layout = Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}), make_layout()
-    assert (layout.min_pixels, layout.max_pixels) == (56 * 56, 28 * 28 * 1280)  # as the class is written
+    assert layout.limits == (56 * 56, 28 * 28 * 1280)  # as the class is written
     for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "rescale_factor"):
         assert getattr(layout, name) == pytest.approx(getattr(oracle, name), abs=0, rel=1e-15), name
+
+
+SERVER = PixelLimits(3136, 1003520)
+NOTHING = ImageSettings()
+LOW = 512 * 512
+
+
+def in_force(picture=None, request=None, server=SERVER):
+    layout = make_layout(min_pixels=server[0], max_pixels=server[1])
+    (limits,) = layout.limits_in_force(processor_settings(request), [picture_settings(picture or {}, "messages[0].content[1]")])
+    return limits
+
+
+@pytest.mark.parametrize(
+    ("picture", "request_kwargs", "expected"),
+    [
+        ({}, None, SERVER),
+        ({"detail": "auto"}, {}, SERVER),
+        ({"detail": "high"}, {}, SERVER),
+        ({"max_pixels": SERVER.max_pixels, "min_pixels": SERVER.min_pixels}, None, SERVER),
+        ({}, {"max_pixels": 500_000}, (3136, 500_000)),
+        ({"detail": "high"}, {"max_pixels": 500_000}, (3136, 500_000)),
+        ({}, {"size": {"shortest_edge": 9000, "longest_edge": 500_000}}, (9000, 500_000)),
+        ({"detail": "low"}, None, (3136, LOW)),
+        ({"detail": "low"}, {"max_pixels": 500_000}, (3136, LOW)),
+        ({"detail": "low"}, {"max_pixels": 100_000}, (3136, 100_000)),  # "at most"
+        ({"detail": "low"}, {"min_pixels": 300_000}, (LOW, LOW)),  # the request's number gives way to the picture's detail
+        ({"detail": "low"}, {"min_pixels": 9000}, (9000, LOW)),
+        ({"detail": "low", "max_pixels": 700_000}, {"max_pixels": 500_000}, (3136, 700_000)),
+        ({"detail": "low", "min_pixels": 9000}, {"min_pixels": 8000}, (9000, LOW)),
+        ({"max_pixels": 700_000}, {"max_pixels": 500_000, "min_pixels": 9000}, (9000, 700_000)),
+        ({"min_pixels": 1}, {"max_pixels": 500_000, "min_pixels": 9000}, (1, 500_000)),
+        ({"max_pixels": 1000}, None, (1000, 1000)),  # the server's min gives way
+        ({}, {"max_pixels": 1000}, (1000, 1000)),
+        ({"min_pixels": 1000, "max_pixels": 1000}, None, (1000, 1000)),
+    ],
+)
+def test_limits_in_force(picture, request_kwargs, expected):
+    assert in_force(picture, request_kwargs) == expected
+
+
+def test_low_detail_of_a_server_with_less():
+    assert in_force({"detail": "low"}, server=(3136, 50176)) == (3136, 50176)
+    assert in_force({"detail": "low"}, server=(LOW + 5, 2 * LOW)) == (LOW, LOW)
+
+
+@pytest.mark.parametrize(
+    ("picture", "request_kwargs", "param", "number"),
+    [
+        ({"max_pixels": 1003521}, None, "messages[0].content[1].max_pixels", "1003520"),
+        ({}, {"max_pixels": 1003521}, "mm_processor_kwargs.max_pixels", "1003520"),
+        ({"max_pixels": 784}, {"size": {"longest_edge": 1003521}}, "mm_processor_kwargs.size.longest_edge", "1003520"),
+        ({"detail": "low"}, {"max_pixels": 1 << 62}, "mm_processor_kwargs.max_pixels", "1003520"),
+        ({"min_pixels": 1003521}, None, "messages[0].content[1].min_pixels", "1003520"),
+        ({"min_pixels": 785, "max_pixels": 784}, None, "messages[0].content[1].min_pixels", "784"),
+        ({"min_pixels": 784}, {"min_pixels": 785, "max_pixels": 784}, "mm_processor_kwargs.min_pixels", "784"),
+        ({}, {"size": {"shortest_edge": 785}, "max_pixels": 784}, "mm_processor_kwargs.size.shortest_edge", "784"),
+        ({"min_pixels": 785}, {"max_pixels": 784}, "messages[0].content[1].min_pixels", "784"),
+        ({"max_pixels": 784}, {"min_pixels": 785}, "mm_processor_kwargs.min_pixels", "784"),
+        ({"min_pixels": LOW + 1, "detail": "low"}, None, "messages[0].content[1].min_pixels", str(LOW)),
+    ],
+)
+def test_limits_that_cannot_be(picture, request_kwargs, param, number):
+    with pytest.raises(RequestError, match=number) as refusal:
+        in_force(picture, request_kwargs)
+    assert (refusal.value.param, refusal.value.status) == (param, 400)
+
+
+def test_a_request_is_checked_without_pictures():
+    with pytest.raises(RequestError):
+        make_layout().limits_in_force(processor_settings({"max_pixels": 1 << 40}), [])
+    assert make_layout().limits_in_force(NOTHING, []) == []
+
+
+numbers = st.none() | st.integers(1, 1 << 21)
+
+
+@settings(max_examples=500, deadline=None)
+@given(numbers, numbers, st.sampled_from([None, "low", "high", "auto"]), numbers, numbers)
+def test_limits_are_in_order_and_within_the_servers_or_refused(own_min, own_max, detail, all_min, all_max):
+    picture = {"detail": detail, "min_pixels": own_min, "max_pixels": own_max}
+    try:
+        limits = in_force(picture, {"min_pixels": all_min, "max_pixels": all_max})
+    except RequestError as refusal:
+        assert any(number is not None for number in (own_min, own_max, all_min, all_max))
+        assert refusal.status == 400 and refusal.param != "messages"
+    else:
+        assert 1 <= limits.min_pixels <= limits.max_pixels <= SERVER.max_pixels
+        assert limits.max_pixels == own_max or own_max is None
+        assert detail != "low" or own_max is not None or limits.max_pixels <= LOW
 
 
 def test_every_number_is_in_the_fingerprint():
@@ -105,8 +218,8 @@ def test_every_number_is_in_the_fingerprint():
         {"min_pixels": 784}, {"max_pixels": 784000}, {"patch_size": 16}, {"merge_size": 4}, {"temporal_patch_size": 1},
         {"resample": 2}, {"image_mean": [0.5] * 3}, {"image_std": [0.5] * 3}, {"rescale_factor": 1.0},
     ]
-    prints = {make_layout(change).fingerprint for change in [{}, *changes]}
-    assert len(prints) == len(changes) + 1
+    layouts = [make_layout(change) for change in [{}, *changes]]
+    assert len({layout.fingerprint(layout.limits) for layout in layouts}) == len(changes) + 1
 
 
 @pytest.mark.parametrize(
@@ -126,10 +239,10 @@ def test_what_is_not_supported_is_refused(processor):
 
 def test_registry(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"max_pixels": 50176}))
-    assert load_layout(model_config(tmp_path)).max_pixels == 50176
+    assert load_layout(model_config(tmp_path)).limits.max_pixels == 50176
     assert load_layout(model_config(tmp_path, architecture="", hf_config={**IDS, "model_type": "qwen2_5_vl"})).image_token_id == 1
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"max_pixels": 100352}}))
-    assert load_layout(model_config(tmp_path)).max_pixels == 100352  # transformers 5 writes it here, and reads it first
+    assert load_layout(model_config(tmp_path)).limits.max_pixels == 100352  # transformers 5 writes it here, and reads it first
     for architecture, model_type in (("Qwen2VLForConditionalGeneration", "qwen2_vl"), ("LlavaForConditionalGeneration", "llava")):
         with pytest.raises(ConfigError, match=architecture):  # as long as no model class runs it
             load_layout(model_config(tmp_path, architecture=architecture, hf_config={**IDS, "model_type": model_type}))

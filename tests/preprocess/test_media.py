@@ -1,5 +1,6 @@
 """Limits, PIL images and files, and the colour policy."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 
 from mmv1.errors import ImageError
 from mmv1.preprocess.header import ImageHeader
-from mmv1.preprocess.media import ImageLimits, accept_bytes, encode_pil, ppm_pixels, read_file, to_rgb
+from mmv1.preprocess.media import ImageLimits, accept_bytes, encode_pil, ppm_pixels, to_rgb
 from tests.pictures import make_image, make_pil
 
 LIMITS = ImageLimits(max_encoded_bytes=1 << 20, max_pixels=1_000_000, max_side=5000)
@@ -26,6 +27,14 @@ def test_limits_from_the_header(size, code):
     with pytest.raises(ImageError) as refusal:
         accept_bytes(make_image(*size, format="PNG"), LIMITS)
     assert refusal.value.code == code
+
+
+def test_extra_formats_are_a_limit_too():
+    data = make_image(40, 30, format="TIFF")
+    with pytest.raises(ImageError) as refusal:
+        accept_bytes(data, LIMITS)
+    assert refusal.value.code == "unsupported_image_format"
+    assert accept_bytes(data, dataclasses.replace(LIMITS, extra_formats=("TIFF",))).header == ImageHeader("TIFF", 40, 30)
 
 
 def test_limits_at_their_edge():
@@ -47,6 +56,29 @@ def test_pil_images_become_ppm(mode):
     pixels = np.frombuffer(ppm_pixels(image.data, 20, 10), dtype=np.uint8).reshape(10, 20, 3)
     assert (pixels == np.asarray(to_rgb(source))).all()
     assert Image.open(io.BytesIO(image.data)).size == (20, 10)  # a real PPM
+
+
+def test_pil_images_of_the_same_raw_bytes_are_different_pictures():
+    """T-H1, offline: what alone differs is the size, the mode, the palette, the type of the numbers, or the order in memory."""
+    raw = np.random.default_rng(1).integers(0, 256, 9000, dtype=np.uint8)
+    grey = Image.frombytes("L", (90, 100), raw.tobytes())
+    palette, other_palette = grey.copy(), grey.copy()
+    palette.putpalette(bytes(range(256)) * 3)
+    other_palette.putpalette(bytes(range(255, -1, -1)) * 3)
+    see_through = grey.copy()
+    see_through.info["transparency"] = int(raw[1])
+    square = raw[:2500].reshape(50, 50)
+    pictures = [
+        grey, palette, other_palette, see_through, Image.frombytes("L", (100, 90), raw.tobytes()),
+        Image.frombytes("RGB", (30, 100), raw.tobytes()),
+        Image.frombytes("RGB", (100, 30), raw.tobytes()), Image.frombytes("1", (720, 100), raw.tobytes()),
+        Image.frombytes("I;16", (45, 100), raw.tobytes()), Image.frombytes("RGBA", (45, 50), raw.tobytes()),
+        Image.frombytes("CMYK", (45, 50), raw.tobytes()), Image.frombytes("LA", (45, 100), raw.tobytes()),
+        Image.fromarray(square), Image.fromarray(square.T), Image.fromarray(square[::-1]),
+    ]  # fmt: skip
+    assert len({encode_pil(picture, LIMITS).data for picture in pictures}) == len(pictures)
+    in_rows, in_columns = np.ascontiguousarray(square.T), np.asfortranarray(square.T)
+    assert encode_pil(Image.fromarray(in_rows), LIMITS) == encode_pil(Image.fromarray(in_columns), LIMITS)
 
 
 def test_a_pil_image_is_turned_upright():
@@ -71,18 +103,6 @@ def test_incomplete_ppm():
             ppm_pixels(damaged, 20, 10)
     with pytest.raises(ImageError):
         ppm_pixels(data, 10, 20)
-
-
-def test_files(tmp_path):
-    path = tmp_path / "picture.jpg"
-    path.write_bytes(make_image(40, 30))
-    assert read_file(path, LIMITS).header.width == 40
-    with pytest.raises(ImageError, match=r"nothing\.jpg") as refusal:
-        read_file(tmp_path / "nothing.jpg", LIMITS)
-    assert str(tmp_path) not in refusal.value.message
-    path.write_bytes(bytes((1 << 20) + 1))
-    with pytest.raises(ImageError, match="MiB"):
-        read_file(path, LIMITS)
 
 
 def pixel(image):

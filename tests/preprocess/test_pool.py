@@ -1,10 +1,13 @@
 """The pool with real processes: work, order, deaths, ends."""
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
 import sys
+import time
+from functools import cache
 
 import pytest
 from PIL import Image
@@ -16,16 +19,16 @@ from mmv1.preprocess.header import probe_header
 from mmv1.preprocess.pool import PreprocessPool
 from mmv1.preprocess.pool_messages import PoolSettings
 from mmv1.preprocess.slab import SlabStore, map_slab
-from tests.pictures import encode, make_image, make_pil
-from tests.preprocess.processes import children, is_alive, wait_until
-from tests.preprocess.test_decode import decode_job, our_patches
+from tests.pictures import make_image, make_pil
+from tests.preprocess.processes import children, cpu_seconds, is_alive, wait_until
+from tests.preprocess.test_decode import EXTRA_FORMATS, decode_job, our_patches
 
 SLAB_BYTES = 16 << 20
 TIMEOUT_S = 60
 
 
 def make_job(job_id, encoded, offset=0):
-    return decode_job(probe_header(encoded), offset, job_id)
+    return decode_job(probe_header(encoded, EXTRA_FORMATS), offset, job_id)
 
 
 class Harness:
@@ -46,6 +49,15 @@ class Harness:
                 return await awaitable
 
         return self.runner.run(bounded())
+
+    def wait_for(self, condition):
+        """Until it holds, with the event loop running."""
+
+        async def poll():
+            while not condition():
+                await asyncio.sleep(0.005)
+
+        self.run(poll())
 
     def submit(self, job, payload):
         async def submit():
@@ -85,8 +97,10 @@ def test_many_pictures_land_in_their_places(harness):
     pictures = [make_image(100 + 10 * n, 90, n, ("JPEG", "PNG", "WEBP", "GIF")[n % 4]) for n in range(24)]
     jobs = [make_job(n, encoded, offset=n << 19) for n, encoded in enumerate(pictures)]
     futures = [harness.submit(job, encoded) for job, encoded in zip(jobs, pictures, strict=True)]
-    seconds = harness.run(asyncio.wait_for(_gather(futures), TIMEOUT_S))
-    assert all(0 < s < TIMEOUT_S for s in seconds)
+    started = time.monotonic()
+    times = harness.run(asyncio.wait_for(_gather(futures), TIMEOUT_S))
+    elapsed = time.monotonic() - started
+    assert all(min(t) >= 0 and 0 < t.decode_s < elapsed and 0 < t.resize_s < elapsed for t in times)
     for job, encoded in zip(jobs, pictures, strict=True):
         assert harness.read(job.offset, job.nbytes) == patches(encoded)
 
@@ -104,7 +118,7 @@ def test_damaged_pictures_fail_and_the_next_is_served(harness):
         assert error.value.code == "invalid_image" and "0x" not in error.value.message
     with pytest.raises(ImageError):
         harness.run(harness.submit(make_job(1, good), make_image(201, 150)))  # another size than the header's
-    assert harness.run(harness.submit(make_job(1, good), good)) > 0
+    assert harness.run(harness.submit(make_job(1, good), good)).decode_s > 0
     assert harness.workers() == workers
 
 
@@ -155,17 +169,55 @@ def test_jobs_start_in_order_one_per_worker(harness, monkeypatch):
     assert sent == list(range(30, 50))
 
 
+@cache
+def slow_picture():
+    """Takes about a second to decode."""
+    buffer = io.BytesIO()
+    make_pil(500, 500).convert("RGBA").resize((5500, 5500), Image.Resampling.NEAREST).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def test_a_worker_killed_while_it_decodes(harness):
+    """Its picture is done by another, the pool is whole again within a second, and other pictures are not touched."""
+    workers, deaths = harness.workers(), harness.pool.num_deaths
+    idle = {pid: cpu_seconds(pid) for pid in workers}
+    slow = slow_picture()
+    future = harness.submit(make_job(60, slow), slow)
+    [pool_job] = [worker.current for worker in harness.pool._workers.values() if worker.current]
+    wait_until(lambda: any(cpu_seconds(pid) >= idle[pid] + 0.1 for pid in workers))
+    busy = max(workers, key=lambda pid: cpu_seconds(pid) - idle[pid])
+    os.kill(busy, signal.SIGSTOP)
+    pictures = [make_image(120, 90, seed) for seed in (1, 2, 3)]
+    futures = [harness.submit(make_job(61 + n, encoded, (1 + n) << 19), encoded) for n, encoded in enumerate(pictures)]
+    killed_s = time.monotonic()
+    os.kill(busy, signal.SIGKILL)
+    harness.wait_for(lambda: harness.pool.num_deaths == deaths + 1)
+    assert time.monotonic() - killed_s < 1.0
+    assert len(harness.workers()) == 2 and busy not in harness.workers() and not harness.failures
+    times = harness.run(_gather([future, *futures]))
+    assert pool_job.attempts == 2 and times[0].decode_s > times[0].resize_s
+    for n, encoded in enumerate([slow, *pictures]):
+        assert harness.read(n << 19, len(patches(encoded))) == patches(encoded)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="CPU timers as Linux has them")
-def test_a_picture_that_kills_its_workers_fails_and_the_pool_lives(monkeypatch):
-    monkeypatch.setattr(pool_module, "_JOB_CPU_SECONDS", 0.1)
-    harness = Harness(num_workers=1)
+def test_a_picture_that_kills_its_workers_fails_and_nothing_else_does(monkeypatch):
+    monkeypatch.setattr(pool_module, "_JOB_CPU_SECONDS", 0.2)
+    harness = Harness(num_workers=2)
     try:
-        slow = encode(make_pil(500, 500).resize((5000, 5000), Image.Resampling.NEAREST))
-        with pytest.raises(ImageError, match="twice"):
-            harness.run(harness.submit(make_job(1, slow), slow))
-        assert harness.pool.num_deaths == 2
-        good = make_image(60, 60)
-        assert harness.run(harness.submit(make_job(2, good), good)) > 0
+        harness.run(harness.pool.wait_ready())
+        slow, good = slow_picture(), make_image(120, 90)
+        futures = [harness.submit(make_job(n, good, n << 19), good) for n in range(6)]
+        poison = harness.submit(make_job(6, slow, 6 << 19), slow)
+        futures += [harness.submit(make_job(n, good, n << 19), good) for n in range(7, 20)]
+        harness.run(_gather(futures))
+        with pytest.raises(ImageError, match="twice") as error:
+            harness.run(poison)
+        assert (error.value.status, error.value.code) == (400, "invalid_image")
+        harness.wait_for(lambda: len(harness.pool._idle) == 2)
+        assert harness.pool.num_deaths == 2 and len(harness.workers()) == 2 and not harness.failures
+        for n in (*range(6), *range(7, 20)):
+            assert harness.read(n << 19, len(patches(good))) == patches(good)
     finally:
         harness.close()
 
@@ -250,7 +302,8 @@ def test_nothing_survives_a_killed_server():
 
 
 def test_workers_that_end_together_are_not_killed_once_more(monkeypatch):
-    settings = PoolSettings(runtime_dir="nowhere", slab_fd=-1, slab_bytes=0, num_workers=2, job_cpu_seconds=1.0)
+    limits = {"job_cpu_seconds": 1.0, "worker_memory_bytes": 0}
+    settings = PoolSettings(runtime_dir="nowhere", slab_fd=-1, slab_bytes=0, num_workers=2, **limits)
     pids = iter((101, 102))
     monkeypatch.setattr(pool_process, "_fork", lambda *args: next(pids))
     monkeypatch.setattr(pool_process, "_reap", lambda: [(101, 3 << 8), (102, 3 << 8)])

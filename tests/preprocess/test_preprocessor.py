@@ -1,6 +1,7 @@
 """The one door: prompts in, references out, pixels on demand, with a real pool; and everything given back at the end."""
 
 import asyncio
+import contextlib
 import dataclasses
 import io
 import os
@@ -16,6 +17,7 @@ from PIL import Image
 from mmv1.config import EngineArgs, resolve
 from mmv1.errors import ConfigError, ContextLengthError, EngineError, ImageError, RequestError
 from mmv1.preprocess.layout import load_layout
+from mmv1.preprocess.pool_messages import JobTimes
 from mmv1.preprocess.preprocessor import Preprocessor
 from mmv1.preprocess.prompt import ImagePart, Message, TextPart
 from mmv1.preprocess.slab import aligned, map_slab
@@ -386,7 +388,15 @@ def test_requests_that_cannot_be(harness):
 
 
 def test_nothing_is_fetched_for_a_prompt_that_is_refused(harness):
+    """T-S6: neither for its structure, nor for the room that its text and the pictures at hand leave."""
+    url, picture = ImagePart("http://pictures.example/a.png"), ImagePart(make_image(300, 300))
+    num_image_tokens = harness.pre.layout.place(300, 300).num_tokens
     before = harness.pre.stats().num_fetches
+    for parts, expanded in (([url], 0), ([picture, url], num_image_tokens - 1), ([url, picture], num_image_tokens - 1)):
+        prompt = [Message("user", [TextPart("Hello"), *parts])]
+        least = len(harness.pre._prompts.render_chat(prompt)) + expanded
+        with pytest.raises(ContextLengthError, match=f"has {least} tokens or more"):
+            harness.run(harness.pre.prepare_chat("short", prompt, max_prompt_tokens=least - 1))
     with pytest.raises(RequestError):
         harness.run(harness.pre.prepare_prompt("raw", "no placeholder", ["http://pictures.example/a.png"]))
     with pytest.raises(RequestError):
@@ -407,7 +417,7 @@ def test_raw_prompts(harness):
 
 def test_large_payloads_leave_the_event_loop(harness, monkeypatch):
     """Parsing a large data: URL and hashing what is in it happen in a thread; a small picture's do not."""
-    import mmv1.preprocess.preprocessor as module
+    import mmv1.preprocess.image_loader as module
 
     loop_thread, threads = threading.get_ident(), {}
 
@@ -425,6 +435,25 @@ def test_large_payloads_leave_the_event_loop(harness, monkeypatch):
     assert threads == {"parse": True, "hash": True}
     harness.prepare(data_url(small + bytes(1 << 20)))
     assert threads == {"parse": False, "hash": False}
+
+
+@pytest.mark.parametrize("way", ["prepare_chat", "prepare_prompt"])
+def test_long_texts_leave_the_event_loop(harness, monkeypatch, way):
+    """Tokenizing 20,000 characters takes milliseconds, in which the answers of others would stand still."""
+    name = {"prepare_chat": "render_chat", "prepare_prompt": "render_text"}[way]
+    loop_thread, threads = threading.get_ident(), []
+    render = getattr(harness.pre._prompts, name)
+
+    def recorded(prompt):
+        threads.append(threading.get_ident() == loop_thread)
+        return render(prompt)
+
+    monkeypatch.setattr(harness.pre._prompts, name, recorded)
+    for number, text in enumerate(("Hello", "hello " * 2_000, "hello " * 3_500)):
+        prompt = [Message("user", text)] if way == "prepare_chat" else text
+        with contextlib.suppress(ContextLengthError):
+            harness.run(getattr(harness.pre, way)(f"{way}{number}", prompt))
+    assert threads == [True, True, False]
 
 
 def test_a_full_slab_makes_pictures_wait_their_turn(tiny_model_dir):
@@ -500,13 +529,16 @@ def test_the_time_of_concurrent_jobs_adds_up(harness, monkeypatch):
             harness.request(feature.mm_hash)
         harness.run(_until(lambda: len(jobs) == 5))
         for job in jobs:
-            job.set_result(1.0)
+            job.set_result(JobTimes(0.5, 0.75, 0.25))
         harness.answers(5)
     assert harness.pre.stats().decode_seconds - before == pytest.approx(5.0)
 
 
 def test_a_request_fetches_few_pictures_at_once(harness, monkeypatch):
     now, most = [0], [0]
+
+    async def look_up(url):
+        return url
 
     async def fetch(url):
         now[0] += 1
@@ -515,6 +547,7 @@ def test_a_request_fetches_few_pictures_at_once(harness, monkeypatch):
         now[0] -= 1
         return make_image(60, 60)
 
+    monkeypatch.setattr(harness.pre._fetcher, "look_up", look_up)
     monkeypatch.setattr(harness.pre._fetcher, "fetch", fetch)
     monkeypatch.setattr(harness.pre, "_max_images", 20)
     parts = [ImagePart("http://a.example/x")] * 20
@@ -545,6 +578,7 @@ def test_pixel_limits_of_the_operator(tiny_model_dir):
 _MEMORY = """
 import asyncio, dataclasses, sys
 from mmv1.config import EngineArgs, resolve
+from mmv1.preprocess.pool_messages import JobTimes
 from mmv1.preprocess.preprocessor import Preprocessor
 from mmv1.preprocess.prompt import ImagePart, Message
 from mmv1.types import PixelRequest

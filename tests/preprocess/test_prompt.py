@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmv1.errors import ConfigError, ContextLengthError, RequestError
-from mmv1.preprocess.prompt import ImagePart, Message, PromptRenderer, TextPart, image_sources
+from mmv1.preprocess.prompt import ImagePart, Message, PromptRenderer, TextPart, image_parts
 
 TEXTS = [
     "Describe this image.", "", " ", "\n", "  two  spaces ", "naïve café 図像 画像 Привет 😀", "e\u0301 NFC", "a\n\n b\r\n\tc",
@@ -55,7 +55,7 @@ def oracle_ids(processor, messages):
 
 def our_ids(renderer, messages):
     token_ids = renderer.render_chat(messages)
-    return renderer.expand(token_ids, [8] * len(image_sources(messages)))[0]  # 100 x 60 is resized to 112 x 56: 4 x 2 tokens
+    return renderer.expand(token_ids, [8] * len(image_parts(messages)))[0]  # 100 x 60 is resized to 112 x 56: 4 x 2 tokens
 
 
 def conversations():
