@@ -69,7 +69,7 @@ class EngineArgs:
     media_fetch_timeout_s: float = _arg(10.0, "longest download of one picture, in seconds", "Pictures")
 
     redis_url: str | None = _arg(
-        None, "Redis that keeps processed pictures over restarts and for other servers; default: the environment's REDIS_URL", "Redis"
+        None, "Redis that keeps processed pictures, for restarts and other servers; default: the environment's REDIS_URL", "Redis"
     )
     redis_ttl_s: int = _arg(86_400, "how long a picture is kept, in seconds", "Redis")
     redis_min_bytes: int = _arg(65_536, "pictures with fewer bytes of pixels are not worth a look-up", "Redis")

@@ -84,8 +84,9 @@ class Preprocessor:
     """Prepares prompts and answers for pixels. One event loop; `start` before, `close` after.
 
     `send` carries FeatureReady and FeatureFailed to the core. `on_failure` is called, once and with a sentence, when pixels
-    can no longer be made at all (it may come from another thread). mm_hash is keyed with the cache secret; without one, servers of
-    a shared store share a known key, and any other server draws a random one. Raises ConfigError where the model directory cannot work.
+    can no longer be made at all (it may come from another thread). mm_hash is keyed with the cache secret; without one, servers
+    of a shared store share a known key, and any other server draws a random one. Raises ConfigError where the model directory
+    cannot work.
     """
 
     def __init__(

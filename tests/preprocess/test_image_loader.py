@@ -54,7 +54,8 @@ def load(sources, fetcher=None, root=None):
 def test_every_source_in_its_place(tmp_path):
     path = tmp_path.resolve() / "picture.jpg"
     path.write_bytes(PICTURE)
-    sources = ["http://good.example/1", PICTURE, make_pil(64, 48), "HTTPS://good.example/2", path, data_url(PICTURE), path.as_uri()]
+    remote = ["http://good.example/1", "HTTPS://good.example/2"]
+    sources = [remote[0], PICTURE, make_pil(64, 48), remote[1], path, data_url(PICTURE), path.as_uri()]
     images, fetcher = load(sources, root=path.parent)
     assert [image.header.format for image in images] == ["JPEG", "JPEG", "PPM", "JPEG", "JPEG", "JPEG", "JPEG"]
     assert {(image.header.width, image.header.height) for image in images} == {(64, 48)}
