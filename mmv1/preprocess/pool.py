@@ -32,6 +32,7 @@ from mmv1.preprocess.pool_messages import (
 from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
 
 _MAX_ATTEMPTS = 2  # a job whose worker died is tried once more
+_QUICK_PIXELS = 4_000_000  # decoded and resized within about 50 ms
 _JOB_CPU_SECONDS = 30.0  # then the worker is killed; the slowest honest picture within the limits takes about two
 _WORKER_MEMORY_BYTES = 1 << 30  # what a worker may map on top of what it starts with
 
@@ -57,17 +58,27 @@ class _PoolJob:
     queue_s: float = 0.0
     attempts: int = 0
 
+    @property
+    def is_quick(self) -> bool:
+        return self.job.header.width * self.job.header.height <= _QUICK_PIXELS
+
+    def begin(self) -> None:
+        """Its worker is about to work at it."""
+        self.attempts += 1
+        self.queue_s = time.perf_counter() - self.submitted_s
+
 
 @dataclass(eq=False, slots=True)
 class _Worker:
     index: int
     generation: int
     sender: AsyncSender
-    current: _PoolJob | None = field(default=None)
+    jobs: deque[_PoolJob] = field(default_factory=deque)  # the first is under way; a second is there already, and waits
 
 
 class PreprocessPool:
-    """Runs DecodeJobs in order of arrival, one at a time per worker.
+    """Runs DecodeJobs in order of arrival, one at a time per worker. While all are busy, each has its next job already, so that
+    it never waits for the wire; not behind a large picture, which another worker may outrun.
 
     `submit` gives a future: JobTimes, or ImageError (the picture's fault, or its worker died twice), or EngineError
     (the pool has ended). `on_failure` is called once, with a sentence, when the pool has ended by itself and for good.
@@ -152,22 +163,28 @@ class PreprocessPool:
         return False
 
     def _dispatch(self) -> None:
-        while self._pending and self._idle:
-            worker, pool_job = self._idle.pop(), self._pending.popleft()
-            worker.current = pool_job
-            pool_job.attempts += 1
-            pool_job.queue_s = time.perf_counter() - pool_job.submitted_s
+        while self._pending and (worker := self._next_worker()) is not None:
+            pool_job = self._pending.popleft()
+            worker.jobs.append(pool_job)
+            if len(worker.jobs) == 1:
+                pool_job.begin()
             sending = asyncio.create_task(self._send(worker, pool_job))
             self._sending.add(sending)
             sending.add_done_callback(self._sending.discard)
 
+    def _next_worker(self) -> _Worker | None:
+        """An idle one, else one whose only job will soon be done."""
+        if self._idle:
+            return self._idle.pop()
+        return next((worker for worker in self._workers.values() if len(worker.jobs) == 1 and worker.jobs[0].is_quick), None)
+
     async def _send(self, worker: _Worker, pool_job: _PoolJob) -> None:
-        if worker.current is not pool_job:  # the worker died before this task ran, and `_bury` has seen to the job
+        if pool_job not in worker.jobs:  # the worker died before this task ran, and `_bury` has seen to the job
             return
         try:
             await worker.sender.send(pool_job.job, pool_job.payload)
         except Exception:
-            if worker.current is pool_job:
+            if pool_job in worker.jobs:
                 logger.exception("Sending to a preprocess worker failed")
                 self._fail("jobs cannot be sent to the preprocess pool any more")
 
@@ -207,23 +224,29 @@ class PreprocessPool:
         worker.sender.close()
         if worker in self._idle:
             self._idle.remove(worker)
-        pool_job, worker.current = worker.current, None
-        if pool_job is None or pool_job.result.done():
+        if not worker.jobs:
             return
-        if pool_job.attempts < _MAX_ATTEMPTS:
-            self._pending.appendleft(pool_job)
+        under_way, *waiting = worker.jobs
+        worker.jobs.clear()
+        self._pending.extendleft(waiting)
+        if under_way.result.done():
+            return
+        if under_way.attempts < _MAX_ATTEMPTS:
+            self._pending.appendleft(under_way)
         else:
-            pool_job.result.set_exception(ImageError("the image cannot be decoded: the decoder ended twice while reading it"))
+            under_way.result.set_exception(ImageError("the image cannot be decoded: the decoder ended twice while reading it"))
 
     def _on_result(self, answer: JobDone | JobFailed) -> None:
         worker = self._workers.get(answer.worker)
-        if worker is None or worker.generation != answer.generation or worker.current is None:
+        if worker is None or worker.generation != answer.generation or not worker.jobs:
             return
-        pool_job = worker.current
-        if pool_job.job.job_id != answer.job_id:
+        if worker.jobs[0].job.job_id != answer.job_id:
             return
-        worker.current = None
-        self._idle.append(worker)
+        pool_job = worker.jobs.popleft()
+        if worker.jobs:
+            worker.jobs[0].begin()
+        else:
+            self._idle.append(worker)
         if pool_job.result.done():
             return
         if isinstance(answer, JobFailed):
@@ -249,9 +272,9 @@ class PreprocessPool:
             return
         self._dead = reason
         self._all_ready.set()
-        running = [worker.current for worker in self._workers.values() if worker.current is not None]
+        running = [pool_job for worker in self._workers.values() for pool_job in worker.jobs]
         for worker in self._workers.values():
-            worker.current = None
+            worker.jobs.clear()
             worker.sender.close()
         for pool_job in (*self._pending, *running):
             if not pool_job.result.done():

@@ -139,26 +139,26 @@ def test_a_job_whose_worker_died_is_done_by_another(harness):
         assert harness.read(n << 19, len(patches(encoded))) == patches(encoded)
 
 
-def test_pending_jobs_can_be_withdrawn_and_running_ones_cannot(harness):
+def test_pending_jobs_can_be_withdrawn_and_those_handed_over_cannot(harness):
     workers = harness.workers()
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
     encoded = make_image(120, 90)
-    futures = [harness.submit(make_job(n, encoded), encoded) for n in (20, 21, 22, 23)]
-    withdrawn = [harness.pool.withdraw(n) for n in (20, 21, 22, 24)]
-    assert withdrawn == [False, False, True, False]
+    futures = [harness.submit(make_job(n, encoded, (n - 20) << 19), encoded) for n in range(20, 26)]
+    withdrawn = [harness.pool.withdraw(n) for n in (20, 21, 22, 23, 24, 99)]
+    assert withdrawn == [False, False, False, False, True, False]  # two under way, two that wait at their workers
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
-    harness.run(_gather([futures[0], futures[1], futures[3]]))
-    assert futures[2].cancelled()
+    harness.run(_gather([*futures[:4], futures[5]]))
+    assert futures[4].cancelled()
 
 
-def test_jobs_start_in_order_one_per_worker(harness, monkeypatch):
+def test_jobs_start_in_order_and_a_worker_has_one_that_waits_at_most(harness, monkeypatch):
     sent, send = [], PreprocessPool._send
 
     async def recording(pool, worker, pool_job):
         sent.append(pool_job.job.job_id)
-        assert len(sent) <= 2 + sum(future.done() for future in futures)
+        assert len(sent) <= 4 + sum(future.done() for future in futures)
         await send(pool, worker, pool_job)
 
     monkeypatch.setattr(PreprocessPool, "_send", recording)
@@ -167,6 +167,31 @@ def test_jobs_start_in_order_one_per_worker(harness, monkeypatch):
         futures.append(harness.submit(make_job(n, encoded), encoded))
     harness.run(_gather(futures))
     assert sent == list(range(30, 50))
+
+
+def test_no_job_waits_behind_a_large_picture(harness):
+    slow, quick = slow_picture(), make_image(120, 90)
+    futures = [harness.submit(make_job(0, slow), slow)]
+    futures += [harness.submit(make_job(n, quick, n << 19), quick) for n in range(1, 8)]
+    harness.run(_gather(futures[1:]))
+    assert not futures[0].done()
+    harness.run(_gather(futures))
+
+
+def test_a_job_that_only_waited_at_a_dead_worker_was_not_tried(harness):
+    """Killed with three jobs before it, each time the one under way is what is counted."""
+    workers = harness.workers()
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    encoded = make_image(120, 90)
+    futures = [harness.submit(make_job(n, encoded, n << 19), encoded) for n in range(5)]
+    jobs = [job for worker in harness.pool._workers.values() for job in worker.jobs] + list(harness.pool._pending)
+    deaths = harness.pool.num_deaths
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    harness.run(_gather(futures))
+    assert harness.pool.num_deaths == deaths + 2
+    assert sorted((job.job.job_id, job.attempts) for job in jobs) == [(0, 2), (1, 2), (2, 1), (3, 1), (4, 1)]
 
 
 @cache
@@ -183,7 +208,7 @@ def test_a_worker_killed_while_it_decodes(harness):
     idle = {pid: cpu_seconds(pid) for pid in workers}
     slow = slow_picture()
     future = harness.submit(make_job(60, slow), slow)
-    [pool_job] = [worker.current for worker in harness.pool._workers.values() if worker.current]
+    [pool_job] = [job for worker in harness.pool._workers.values() for job in worker.jobs]
     wait_until(lambda: any(cpu_seconds(pid) >= idle[pid] + 0.1 for pid in workers))
     busy = max(workers, key=lambda pid: cpu_seconds(pid) - idle[pid])
     os.kill(busy, signal.SIGSTOP)

@@ -258,21 +258,21 @@ def stopped(harness):
 
 
 def test_released_before_the_answer_no_answer(harness):
-    """A running job goes on and leaves its picture in the slab; a job not yet dispatched is withdrawn."""
+    """A job that a worker has goes on and leaves its picture in the slab; a job not yet dispatched is withdrawn."""
     before = harness.pre.stats()
-    features = [harness.prepare(make_image(200, 100, seed)).mm_features[0] for seed in range(70, 74)]
+    features = [harness.prepare(make_image(200, 100, seed)).mm_features[0] for seed in range(70, 76)]
     resume = stopped(harness)
     for feature in features:
         harness.request(feature.mm_hash)
-    harness.run(asyncio.sleep(0))  # the jobs' tasks reach the pool: two are dispatched, two wait
+    harness.run(asyncio.sleep(0))  # the jobs' tasks reach the pool: four are dispatched, two wait
     for feature in features:
         harness.release(feature.mm_hash)
     resume()
     harness.settle()
     assert harness.sent == []
-    assert harness.pre.stats().num_decodes - before.num_decodes == 2
-    assert [feature.mm_hash in harness.pre._ledger for feature in features] == [True, True, False, False]
-    ticket = harness.request(features[3].mm_hash)
+    assert harness.pre.stats().num_decodes - before.num_decodes == 4
+    assert [feature.mm_hash in harness.pre._ledger for feature in features] == [True] * 4 + [False] * 2
+    ticket = harness.request(features[5].mm_hash)
     [ready] = harness.answers()
     assert ready.ticket == ticket
 
