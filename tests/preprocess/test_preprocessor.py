@@ -260,7 +260,7 @@ def stopped(harness):
 def test_released_before_the_answer_no_answer(harness):
     """A job that a worker has goes on and leaves its picture in the slab; a job not yet dispatched is withdrawn."""
     before = harness.pre.stats()
-    features = [harness.prepare(make_image(200, 100, seed)).mm_features[0] for seed in range(70, 76)]
+    features = [harness.prepare(make_image(204, 100, seed)).mm_features[0] for seed in range(70, 76)]
     resume = stopped(harness)
     for feature in features:
         harness.request(feature.mm_hash)
