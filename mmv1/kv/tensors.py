@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from mmv1.step import KVCacheSpec
@@ -13,7 +16,11 @@ def allocate_kv_caches(
     """One [2, num_blocks, block_size, kv_heads, head_dim] for each of the group's layers: keys, then values.
 
     Zeroed, since a masked key still takes part in a product: whatever lies in a block must be finite. Block 0 is the null
-    block, which the ledger gives to nobody and padding may point at. On a CPU the pages are touched when first written.
+    block, which the ledger gives to nobody and padding may point at. On a CPU the pages are touched when first written: the
+    kernel's own zeroes, which numpy asks for and torch.zeros writes over.
     """
     shape = (2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in spec.layer_names]
+    if device.type != "cpu":
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in spec.layer_names]
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return [torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape) for _ in spec.layer_names]

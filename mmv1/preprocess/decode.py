@@ -2,7 +2,7 @@
 
 The result, normalised, is bit-identical in bfloat16 to transformers' default (torchvision) Qwen2VLImageProcessor given the
 picture as its `load_image` opens it, apart from the two cases named in `media.to_rgb` (transparency, 16-bit grey) and
-orientation written only in XMP, which browsers ignore too.
+orientation written only in XMP, or in a PNG's text, both of which browsers ignore too.
 
 Pillow is the reference: it opens every picture and decides what is damaged. Where it would decode a JPEG with nothing to
 complain about, simplejpeg gives the same bytes in half the time (no conversion to and from Pillow's own pixel layout).
@@ -26,6 +26,7 @@ from mmv1.preprocess.header import ImageHeader
 from mmv1.preprocess.media import ppm_pixels, to_rgb
 from mmv1.preprocess.pool_messages import DecodeJob
 
+_MAX_SCANS = 100  # of a progressive JPEG, which has about 10: each costs us a pass over all pixels, and its sender 14 bytes
 _MAX_DECODER_BYTES = 24  # per pixel, decoding and turning upright; WebP takes most
 
 Pixels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
@@ -84,6 +85,8 @@ def _decode(encoded: bytes | memoryview, header: ImageHeader) -> tuple[Pixels, i
     with Image.open(io.BytesIO(encoded), formats=(header.format,)) as image:
         if image.size != (width, height):
             raise _wrong_size()
+        if "progressive" in image.info and bytes(encoded).count(b"\xff\xda") > _MAX_SCANS:
+            raise ImageError("the JPEG image has too many scans")
         if header.format == "JPEG" and image.mode in ("RGB", "L"):
             array = _decode_jpeg(encoded, width, height)
             if array is not None:

@@ -138,7 +138,8 @@ class PixelService:
 
     def release(self, mm_hash: bytes) -> None:
         """The core no longer holds or awaits this picture. A job no worker has yet is withdrawn; one that a worker has runs
-        on, and what it makes stays in the slab for the next request. Unknown hashes are ignored."""
+        on, and what it makes stays in the slab for the next request; one that is being looked up ends with its look-up, unless
+        the picture is found. Unknown hashes are ignored."""
         self._awaited.pop(mm_hash, None)
         job = self._jobs.get(mm_hash)
         if self._held.pop(mm_hash, None) is not None:
@@ -214,7 +215,7 @@ class PixelService:
         store = self._store_for(job.picture)
         if store is not None:
             started = time.perf_counter()
-            found = await store.load(mm_hash, place, offset)
+            found = await store.load(mm_hash, place, offset, lambda: mm_hash in self._awaited)
             self._timings.observe("store_get", time.perf_counter() - started)
             if found:
                 self.num_store_hits += 1

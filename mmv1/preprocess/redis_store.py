@@ -25,13 +25,15 @@ T = TypeVar("T")
 LEASE_S = 2.0  # then whoever else needs the picture processes it: its first server is slow or dead
 _LEASE_MARGIN_S = 0.1  # nearer its end a lease is left to end
 _LOAD_DEADLINE_S = 0.1
+_MAX_LOADS = 4  # at once: more would share the line and all be late, as if Redis did not answer
+_TURN_S = 0.15  # a look-up waits so long for its turn: pictures that are more than Redis can carry are processed
 _SAVE_DEADLINE_S = 1.0
 _FIRST_COOLDOWN_S, _MAX_COOLDOWN_S = 0.5, 30.0
 _SAVES_PAUSE_S = 5.0  # after Redis refused a value: it is full, or a replica
 _MAX_CONNECTIONS = 16
 
 # found: here. absent: not there, and this server may process the picture: nobody else does. leased: not there, another server
-# is processing it. down: no answer to be had.
+# is processing it. down: no answer to be had, or not soon.
 Outcome = Literal["found", "absent", "leased", "down"]
 
 
@@ -66,6 +68,7 @@ class RedisStore:
         self._ttl_ms = ttl_s * 1000
         self._seal = seal
         self._on_change = on_change
+        self._turns = asyncio.Semaphore(_MAX_LOADS)
         self._leases: dict[bytes, float] = {}  # held by this server -> when they end
         self._saves_paused_until = 0.0
         self._cooldown_s = _FIRST_COOLDOWN_S
@@ -92,19 +95,27 @@ class RedisStore:
 
     async def load(self, mm_hash: bytes, shape: PictureShape) -> Loaded:
         """The picture's patches; or, where they are not there, whether this server is the one to process it: it then holds a
-        lease, which `save` or `drop_lease` gives back. Never raises, and never takes longer than its deadline."""
+        lease, which `save` or `drop_lease` gives back. Never raises, and never takes longer than its turn and its deadline."""
+        try:
+            async with asyncio.timeout(_TURN_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            return Loaded("down", [])
         try:
             return await self._answered(_LOAD_DEADLINE_S, lambda: self._load(mm_hash, shape))
         except StoreDownError:
             return Loaded("down", [])
+        finally:
+            self._turns.release()
 
     async def save(self, mm_hash: bytes, shape: PictureShape, chunks: list[bytes]) -> bool:
         """Keep a picture for `ttl_s`, and give back its lease: whether that was done. Never raises."""
         if time.monotonic() < self._saves_paused_until:
             await self.drop_lease(mm_hash)
             return False
+        is_leased = self._still_leased(mm_hash)
         try:
-            return await self._answered(_SAVE_DEADLINE_S, lambda: self._save(mm_hash, shape, chunks))
+            return await self._answered(_SAVE_DEADLINE_S, lambda: self._save(mm_hash, shape, chunks, is_leased))
         except StoreDownError:
             return False
 
@@ -131,18 +142,18 @@ class RedisStore:
         is_ours, meta_now = await pipeline.execute(raise_on_error=False)
         if is_ours is True:
             self._leases[mm_hash] = time.monotonic() + LEASE_S
-        if meta_now not in (None, meta):  # saved between the two: its lease had just been given back
+        if isinstance(meta_now, bytes) and meta_now != meta:  # saved between the two: its lease had just been given back
             await self.drop_lease(mm_hash)
             return await self._load(mm_hash, shape)
         return Loaded("leased" if is_ours is None else "absent", [])
 
-    async def _save(self, mm_hash: bytes, shape: PictureShape, chunks: list[bytes]) -> bool:
+    async def _save(self, mm_hash: bytes, shape: PictureShape, chunks: list[bytes], is_leased: bool) -> bool:
         """`meta` last: who sees it can see the chunks. A full Redis refuses the values but still takes the deletion."""
         pipeline = self._redis.pipeline(transaction=False)
         for key, chunk in zip(chunk_keys(mm_hash, shape.nbytes), chunks, strict=True):
             pipeline.set(key, chunk, px=self._ttl_ms)
         pipeline.set(meta_key(mm_hash), self._seal.meta(mm_hash, shape, chunks), px=self._ttl_ms)
-        if self._still_leased(mm_hash):
+        if is_leased:
             pipeline.delete(lease_key(mm_hash))
         refusals = [answer for answer in await pipeline.execute(raise_on_error=False) if isinstance(answer, Exception)]
         if refusals:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,10 @@ class SharedStore:
         """Whether a picture that came with `num_pixels` is worth a look-up."""
         return max(3 * num_pixels, place.nbytes) >= self._min_bytes
 
-    async def load(self, mm_hash: bytes, place: ImagePlace, offset: int) -> bool:
+    async def load(self, mm_hash: bytes, place: ImagePlace, offset: int, is_wanted: Callable[[], bool]) -> bool:
         """Whether the picture's patches lie at `offset` of the slab now. If not, whoever asked is to process it, and to call
-        `save` or `drop_lease` then. Waits for another server that is processing it already, but not for long."""
+        `save` or `drop_lease` then. Waits for another server that is processing it already, but not for long, and only while
+        `is_wanted`."""
         loop = asyncio.get_running_loop()
         give_up, pause = loop.time() + _MAX_LEASE_WAIT_S, _FIRST_POLL_S
         while True:
@@ -118,7 +120,7 @@ class SharedStore:
             if outcome == "down":
                 self.num_failures += 1
                 return False
-            if outcome == "absent" or loop.time() >= give_up:
+            if outcome == "absent" or loop.time() >= give_up or not is_wanted():
                 self.num_misses += 1
                 return False
             self.num_lease_waits += pause == _FIRST_POLL_S
@@ -184,6 +186,7 @@ class SharedStore:
             answers.close()
 
     def _on_state(self, state: StoreState) -> None:
+        """The last words of a process may come after the news that it has ended."""
         if state.generation != self._settings.generation or self._runtime_dir is None:
             return
         if self._sender is None:
@@ -195,22 +198,29 @@ class SharedStore:
         """Start the process, and another whenever it ends."""
         pause = _FIRST_RESTART_S
         while True:
-            self._process = await child.start(
-                "mmv1.preprocess.store_process", pass_fds=(self._settings.slab_fd,), env={"MALLOC_ARENA_MAX": "1"}
-            )
-            assert self._process.stdin is not None
-            self._process.stdin.write(msgspec.json.encode(self._settings) + b"\n")
-            status = await self._process.wait()
+            try:
+                status: int | str = await self._run()
+            except OSError as error:  # no memory or no descriptor for it, at the moment
+                status = type(error).__name__
             was_up = self._sender is not None
             self._process_ended()
+            self._settings = msgspec.structs.replace(self._settings, generation=self._settings.generation + 1)
             if status == URL_REFUSED:
                 self._url_was_refused = True
                 self._first_news.set()
                 return
             pause = _FIRST_RESTART_S if was_up else min(2 * pause, _MAX_RESTART_S)
-            logger.error("The store process ended (status %d); another starts in %.1f s", status, pause)
+            logger.error("The store process ended, or did not start (%s); another starts in %.1f s", status, pause)
             await asyncio.sleep(pause)
-            self._settings = msgspec.structs.replace(self._settings, generation=self._settings.generation + 1)
+
+    async def _run(self) -> int:
+        """One process, from its start to its end: its exit status. Raises OSError."""
+        self._process = await child.start(
+            "mmv1.preprocess.store_process", pass_fds=(self._settings.slab_fd,), env={"MALLOC_ARENA_MAX": "1"}
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(self._settings) + b"\n")
+        return await self._process.wait()
 
     def _process_ended(self) -> None:
         """Whoever waits for it hears so. Slots are safe: a dead process writes nothing."""

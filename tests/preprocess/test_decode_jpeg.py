@@ -2,6 +2,7 @@
 
 import io
 import random
+import time
 
 import numpy as np
 import pytest
@@ -103,3 +104,16 @@ def test_the_verdict_is_pillows(options, monkeypatch):
     for ours_of_it, pillows_of_it in zip(ours, pillows, strict=True):
         assert type(ours_of_it) is type(pillows_of_it) and np.array_equal(ours_of_it, pillows_of_it)
     assert len({type(pillows_of_it) for pillows_of_it in pillows}) == 2  # some were readable, some were not
+
+
+def test_a_progressive_jpeg_of_thousands_of_scans_costs_nothing():
+    """A few kilobytes could keep a pool process busy for half a minute, twice."""
+    whole = jpeg(Image.new("L", (2000, 2000)), progressive=True)
+    last_scan = whole[whole.rfind(b"\xff\xda") : -2]
+    bomb = whole[:-2] + 1500 * last_scan + whole[-2:]
+    started = time.process_time()
+    with pytest.raises(ImageError, match="scans"):
+        decode_rgb(bomb, probe_header(bomb))
+    assert time.process_time() - started < 1.0  # its scans take five seconds
+    few = whole[:-2] + 50 * last_scan + whole[-2:]
+    assert decode_rgb(few, probe_header(few)).shape == (2000, 2000, 3)

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import time
 import zlib
 
 import pytest
@@ -195,3 +196,36 @@ def test_a_bomb_is_known_by_its_header_alone():
     ihdr = struct.pack(">IIBBBBB", 13000, 13000, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", ihdr) + png_chunk(b"IDAT", zlib.compress(b"\0")) + png_chunk(b"IEND", b"")
     assert (probe_header(data).width, probe_header(data).height) == (13000, 13000)
+
+
+SMALL_GIF = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0)
+MANY_TAGS = b"Exif\0\0" + tiff([(0x9000, 3, b"\1\0")] * 4096)
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        *((b"\xff\xd8", piece) for piece in (b"\xff", b"\xff\xd0", b"\xff\xe0\0\2")),
+        (b"\xff\xd8", b"\xff\xe1" + struct.pack(">H", 2 + len(MANY_TAGS)) + MANY_TAGS),
+        *((SMALL_GIF + b"\x21\xfe", piece) for piece in (b"\1\1", b"\0\x21\xfe")),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">IIBBBBBI", 1, 1, 8, 2, 0, 0, 0, 0), b"\0\0\0\0tEXt\0\0\0\0"),
+        (b"RIFF\0\0\0\0WEBPVP8X" + struct.pack("<II6x", 10, 8), b"ICCP\0\0\0\0"),
+    ],
+)
+def test_a_header_of_20_megabytes_does_not_hold_up_the_event_loop(start, piece):
+    data = start + piece * (20_000_000 // len(piece))
+    started = time.process_time()
+    try:
+        probe_header(data)
+    except ImageError:
+        pass
+    assert time.process_time() - started < 0.1
+
+
+def test_a_jpeg_of_two_exif_segments():
+    """What is in the second belongs to the first's data: it is no directory of its own."""
+    segments = [b"Exif\0\0" + tiff([(tag, 3, b"\6\0")]) for tag in (0x010F, 0x0112)]
+    both = b"".join(b"\xff\xe1" + struct.pack(">H", 2 + len(segment)) + segment for segment in segments)
+    plain = save(Image.new("RGB", (50, 30)), "JPEG")
+    data = plain[:2] + both + plain[2:]
+    assert (probe_header(data).width, probe_header(data).height) == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size

@@ -94,6 +94,11 @@ async def timed(operation):
     return result, time.perf_counter() - started
 
 
+async def lateness():
+    """By how much a busy machine is late with everything at this moment."""
+    return (await timed(asyncio.sleep(0.1)))[1] - 0.1
+
+
 async def until(condition):
     while not condition():
         await asyncio.sleep(0.01)
@@ -139,6 +144,7 @@ async def test_one_server_at_a_time_holds_the_lease(redis):
     assert await get(first, "a") == "found"
 
 
+@pytest.mark.usefixtures("patient")
 @on_loop
 async def test_a_lease_ends_by_itself(redis):
     first, second = redis.store(), redis.store()
@@ -175,6 +181,16 @@ async def test_a_picture_saved_between_look_up_and_lease_is_found(redis):
         await saving
 
 
+@on_loop
+async def test_many_look_ups_at_once_are_no_outage(redis):
+    """Far more than Redis can answer within the deadline of one. Some are given up, none for long; Redis is not."""
+    store = redis.store()
+    await put(store, "a")
+    looked_up = await asyncio.gather(*(timed(get(store, "a")) for _ in range(300)))
+    assert {outcome for outcome, _ in looked_up} == {"found", "down"} and redis.changes == []
+    assert await get(store, "a") == "found"
+
+
 DAMAGE = {
     "truncated chunk": lambda client, meta, chunks: client.set(chunks[0], client.get(chunks[0])[:-1]),
     "empty chunk": lambda client, meta, chunks: client.set(chunks[0], b""),
@@ -191,6 +207,7 @@ DAMAGE = {
     "chunk evicted": lambda client, meta, chunks: client.delete(chunks[1]),
     "meta evicted": lambda client, meta, chunks: client.delete(meta),
     "another type": lambda client, meta, chunks: client.delete(chunks[0]) and client.lpush(chunks[0], b"x"),
+    "meta of another type": lambda client, meta, chunks: client.delete(meta) and client.lpush(meta, b"x"),
     "huge value": lambda client, meta, chunks: client.set(meta, b"x" * (6 << 20)),
 }  # fmt: skip
 
@@ -219,13 +236,13 @@ async def test_values_of_a_server_with_another_secret_are_not_believed(redis):
 
 async def assert_costs_little(store, word="b"):
     """The first requests, all at once, wait a moment; the others do not wait at all."""
-    first = await asyncio.gather(*(timed(get(store, f"{word}{i}")) for i in range(32)))
-    assert {outcome for outcome, _ in first} == {"down"} and max(took for _, took in first) < MAX_ADDED_S
+    late, *first = await asyncio.gather(lateness(), *(timed(get(store, f"{word}{i}")) for i in range(32)))
+    assert {outcome for outcome, _ in first} == {"down"} and max(took for _, took in first) < MAX_ADDED_S + late
     later = [await timed(get(store, word)) for _ in range(50)]
     assert {outcome for outcome, _ in later} == {"down"} and statistics.median(took for _, took in later) < NOTHING_S
     saved, took = await timed(put(store, word))
     assert not saved and took < NOTHING_S
-    assert not store.is_up
+    assert not store.is_up and not store._leases
 
 
 @on_loop
@@ -254,8 +271,9 @@ async def test_restarted_between_two_requests(redis):
 async def test_hung_and_resumed(redis):
     store = redis.store()
     await put(store, "a")
+    assert await get(store, "b") == "absent"
     redis.server.suspend()
-    await assert_costs_little(store)
+    await assert_costs_little(store, "b")
     redis.server.resume()
     await until(lambda: store.is_up)
     assert await get(store, "a") == "found"
@@ -284,6 +302,7 @@ async def test_pauses_grow_while_redis_stays_away(redis):
     assert await get(store, "a") == "absent" and store._cooldown_s == 0.5
 
 
+@pytest.mark.usefixtures("patient")
 def test_full_and_refusing(tmp_path):
     with running_redis(tmp_path, "--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as full:
         _full_and_refusing(full)
@@ -304,6 +323,7 @@ async def _full_and_refusing(redis):
     assert store.is_up and redis.changes == []
 
 
+@pytest.mark.usefixtures("patient")
 def test_full_and_evicting(tmp_path):
     with running_redis(tmp_path, "--maxmemory", "16mb", "--maxmemory-policy", "allkeys-lru") as full:
         _full_and_evicting(full)
@@ -376,8 +396,8 @@ async def test_a_narrow_line_is_given_up_in_time(redis):
     await put(redis.store(), "a", LARGE)
     async with Proxy(redis.server, bytes_per_s=1_000_000) as proxy:
         store = redis.store(url=proxy.url)
-        outcome, took = await timed(get(store, "a", LARGE))
-        assert outcome == "down" and took < MAX_ADDED_S
+        late, (outcome, took) = await asyncio.gather(lateness(), timed(get(store, "a", LARGE)))
+        assert outcome == "down" and took < MAX_ADDED_S + late
         assert (await timed(get(store, "a", LARGE)))[1] < NOTHING_S
 
 
