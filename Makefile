@@ -1,10 +1,10 @@
 # make demo   set up what is missing, start the engine on a small model and ask it about two pictures
 # make test   set up what is missing and run every test
-.PHONY: demo test lint lock setup clean
+.PHONY: demo test lint lint-docker lock setup clean
 .DEFAULT_GOAL := test
 
 demo: setup
-	.venv/bin/python examples/demo.py
+	.venv/bin/mmv1 demo
 
 test: setup
 	@bash scripts/redis_server.sh
@@ -13,6 +13,9 @@ test: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+lint-docker: setup
+	@bash scripts/lint_docker.sh
 
 setup:
 	@bash scripts/setup.sh

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -58,6 +58,9 @@ class EngineArgs:
     limit_mm_per_prompt: dict[str, int] = _arg({}, "most pictures a prompt may have, as JSON: '{\"image\": 4}'", "Pictures")
     max_pixels: int | None = _arg(None, "most pixels a picture is resized to; default: the model's", "Pictures")
     min_pixels: int | None = _arg(None, "fewest pixels a picture is resized to; default: the model's", "Pictures")
+    mm_processor_kwargs: dict[str, Any] = _arg(
+        {}, "max_pixels and min_pixels in vLLM's words, as JSON: '{\"max_pixels\": 1003520}'; their flags go first", "Pictures"
+    )
     preprocess_workers: int | None = _arg(None, "processes that decode and resize pictures", "Pictures")
     preprocess_slab_gb: float | None = _arg(None, "shared memory for processed pictures, in GiB", "Pictures")
     hash_algorithm: HashAlgorithm = _arg("blake3", "of cache keys; xxh3 only for one trusted tenant", "Pictures")
@@ -311,9 +314,10 @@ def _resolve_model(args: EngineArgs, *, on_cpu: bool) -> ModelConfig:
     )
 
 
-def has_cuda_device() -> bool:
-    """Whether this machine has an NVIDIA device this process may use, found out without importing torch."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and Path("/proc/driver/nvidia/version").exists()
+def has_cuda_device(devices: Path = Path("/dev")) -> bool:
+    """Whether there is an NVIDIA device this process may use, found out without importing torch. A container that was given none
+    still sees its host's driver under /proc, so the device itself is looked for."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1") and any(devices.glob("nvidia[0-9]*"))
 
 
 # What a number on the command line may be: (at least, at most) where it is whole, (above, at most) where it need not be.
@@ -361,6 +365,27 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _with_processor_kwargs(args: EngineArgs) -> EngineArgs:
+    """What `mm_processor_kwargs` says of pixels, in either of transformers' spellings, as min_pixels and max_pixels; the flags of
+    those names go first. Raises ConfigError for anything else it says."""
+    said = dict(args.mm_processor_kwargs)
+    size = said.pop("size", None)
+    if not isinstance(size, dict | None) or set(size or {}) - {"shortest_edge", "longest_edge"}:
+        raise ConfigError(f"--mm-processor-kwargs: size may say shortest_edge and longest_edge, numbers of pixels; not {size!r}")
+    if unknown := sorted(set(said) - {"min_pixels", "max_pixels"}):
+        raise ConfigError(f"--mm-processor-kwargs knows min_pixels, max_pixels and size, not {', '.join(unknown)}")
+    edges = size or {}
+
+    def first(*values: int | None) -> int | None:
+        return next((value for value in values if value is not None), None)
+
+    return replace(
+        args,
+        min_pixels=first(args.min_pixels, said.get("min_pixels"), edges.get("shortest_edge")),
+        max_pixels=first(args.max_pixels, said.get("max_pixels"), edges.get("longest_edge")),
+    )
+
+
 def _given(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
 
@@ -403,6 +428,7 @@ def _cache_secret(path: str | None) -> bytes | None:
 
 def resolve(args: EngineArgs) -> EngineConfig:
     """Check the user's words and fill in what they left open. Raises ConfigError with what to change."""
+    args = _with_processor_kwargs(args)
     _check_ranges(args)
     on_cpu = not has_cuda_device()
     model = _resolve_model(args, on_cpu=on_cpu)

@@ -63,6 +63,14 @@ class SchedulerOutput(msgspec.Struct, kw_only=True):
     finished_request_ids: list[str]
 
 
+class StageSeconds(msgspec.Struct, frozen=True, kw_only=True):
+    """What the device worked at. Steps mix prefill and decode: each has the share of a step's time that it has of its tokens."""
+
+    encode: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
 class ModelRunnerOutput(msgspec.Struct, kw_only=True):
     """The result of one step: for each request that sampled a token in it, in any order, that token.
 
@@ -72,6 +80,7 @@ class ModelRunnerOutput(msgspec.Struct, kw_only=True):
     request_ids: list[str]
     sampled_token_ids: list[int]
     logprobs: dict[str, TokenLogprobs] | None = None  # only for requests that asked for them
+    seconds: StageSeconds = StageSeconds()  # of work that ended on the device since the step before, this one's or another's
 
 
 class KVCacheSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -160,6 +160,9 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     num_pixel_requests: int = 0
     num_prompt_tokens_computed: int = 0
     num_generation_tokens: int = 0
+    encode_seconds: float = 0.0  # of the device's time (see step.StageSeconds)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
 
 class Pong(msgspec.Struct, frozen=True, array_like=True):

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mmv1.config import EngineArgs, EngineConfig, PreprocessConfig, resolve
+from mmv1.config import EngineArgs, EngineConfig, PreprocessConfig, has_cuda_device, resolve
 from mmv1.errors import ConfigError
 
 FLAT = {
@@ -57,6 +57,17 @@ def test_the_type_is_float32_on_a_cpu_and_what_the_user_says_anywhere(tmp_path: 
     assert resolve(EngineArgs(model=path, dtype="float16")).model.dtype == "float16"
     monkeypatch.setattr("mmv1.config.has_cuda_device", lambda: True)
     assert resolve(EngineArgs(model=path)).model.dtype == "bfloat16"
+
+
+def test_a_driver_without_a_device_is_no_cuda_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container on a host with GPUs that was given none: the driver shows, and so may its control device."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidiactl").touch()
+    assert not has_cuda_device(tmp_path)
+    (tmp_path / "nvidia0").touch()
+    assert has_cuda_device(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not has_cuda_device(tmp_path)
 
 
 def test_extra_image_formats(tmp_path: Path) -> None:
@@ -190,3 +201,34 @@ def test_the_cache_secret_is_read_once_and_never_shown(tiny_model_dir: Path, tmp
     for bad in (path, tmp_path / "missing", tmp_path):
         with pytest.raises(ConfigError, match="--cache-secret-file"):
             resolve(EngineArgs(model=str(tiny_model_dir), cache_secret_file=str(bad)))
+
+
+@pytest.mark.parametrize(
+    ("said", "limits"),
+    [
+        ({"mm_processor_kwargs": {"min_pixels": 3, "max_pixels": 9}}, (3, 9)),
+        ({"mm_processor_kwargs": {"size": {"shortest_edge": 3, "longest_edge": 9}}}, (3, 9)),
+        ({"mm_processor_kwargs": {"max_pixels": 9, "size": {"longest_edge": 7}}}, (None, 9)),
+        ({"mm_processor_kwargs": {"max_pixels": 9, "size": None}, "max_pixels": 8}, (None, 8)),
+        ({"mm_processor_kwargs": {}, "min_pixels": 2}, (2, None)),
+    ],
+)
+def test_pixel_limits_in_vllms_words(said: dict[str, Any], limits: tuple[int | None, int | None], tmp_path: Path) -> None:
+    config = resolve(EngineArgs(model=model_dir(tmp_path, FLAT), **said)).preprocess
+    assert (config.min_pixels, config.max_pixels) == limits
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "word"),
+    [
+        ({"do_resize": False}, "do_resize"),
+        ({"size": {"height": 3}}, "height"),
+        ({"size": 3}, "size"),
+        ({"max_pixels": "9"}, "--max-pixels"),
+        ({"max_pixels": 0}, "--max-pixels"),
+        ({"size": {"longest_edge": True}}, "--max-pixels"),
+    ],
+)
+def test_other_processor_kwargs_are_refused(kwargs: dict[str, Any], word: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=word):
+        resolve(EngineArgs(model=model_dir(tmp_path, FLAT), mm_processor_kwargs=kwargs))

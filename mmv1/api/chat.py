@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -73,8 +74,9 @@ class SamplingDefaults(msgspec.Struct, frozen=True):
             raise ConfigError(f"generation_config.json in the model directory cannot be used: {error}") from error
 
 
-def to_conversation(request: ChatCompletionRequest) -> list[prompt.Message]:
-    """The messages for the chat template. A picture stays the URL it came as; OpenAI's developer role is the system's."""
+def to_conversation(request: ChatCompletionRequest, pictures: Mapping[str, bytes] = MappingProxyType({})) -> list[prompt.Message]:
+    """The messages for the chat template. A picture stays the URL it came as, unless `pictures` has an encoded file for that;
+    OpenAI's developer role is the system's."""
     conversation = []
     for i, message in enumerate(request.messages):
         role = "system" if message.role == "developer" else message.role
@@ -85,7 +87,10 @@ def to_conversation(request: ChatCompletionRequest) -> list[prompt.Message]:
             content = [
                 prompt.TextPart(part.text)
                 if isinstance(part, TextPart)
-                else prompt.ImagePart(part.image_url.url, part.image_url.settings(f"messages[{i}].content[{j}].image_url"))
+                else prompt.ImagePart(
+                    pictures.get(part.image_url.url, part.image_url.url),
+                    part.image_url.settings(f"messages[{i}].content[{j}].image_url"),
+                )
                 for j, part in enumerate(message.content)
             ]
         conversation.append(prompt.Message(role, content))
@@ -134,12 +139,19 @@ def to_logprobs(positions: list[PositionLogprobs] | None) -> ChoiceLogprobs | No
 
 
 class ChatAnswer:
-    """The answer to one request. Use `full` or `events`, once."""
+    """The answer to one request. Use `full` or `events`, once. `pictures`: see `to_conversation`."""
 
-    def __init__(self, llm: AsyncLLM, request: ChatCompletionRequest, defaults: SamplingDefaults, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        request: ChatCompletionRequest,
+        defaults: SamplingDefaults,
+        metrics: Metrics,
+        pictures: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
         self._llm = llm
         self._request = request
-        self._conversation = to_conversation(request)
+        self._conversation = to_conversation(request, pictures)
         self._params = to_sampling_params(request, defaults, llm.config.model.vocab_size)
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())

@@ -39,6 +39,9 @@ _ENGINE_COUNTERS: tuple[Row, ...] = (
     ("prompt_tokens_computed", "num_prompt_tokens_computed", "Prompt tokens run through the model"),
     ("generation_tokens", "num_generation_tokens", "Tokens generated"),
     ("engine_steps", "num_steps", "Steps of the engine"),
+    ("encode_seconds", "encode_seconds", "Time the device worked at the vision tower"),
+    ("prefill_seconds", "prefill_seconds", "Time the device worked at prompts"),
+    ("decode_seconds", "decode_seconds", "Time the device worked at generated tokens"),
 )
 _PREPROCESS_GAUGES: tuple[Row, ...] = (
     ("preprocess_slab_bytes", "slab_bytes", "Size of the shared memory for processed pictures"),

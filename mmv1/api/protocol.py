@@ -165,6 +165,18 @@ _PLACE = re.compile(r" - at `\$\.?(?P<path>.*)`$")
 _FIELD = re.compile(r"^Object (?P<fault>missing required|contains unknown) field `(?P<name>.*)`$", re.DOTALL)
 
 
+def check_body_size(num_bytes: int) -> None:
+    """Raises RequestError (413)."""
+    if num_bytes > MAX_BODY_BYTES:
+        raise RequestError(f"The body has more than {MAX_BODY_BYTES >> 20} MiB", code="request_too_large", status=413)
+
+
+def check_model(name: str, served_model_name: str) -> None:
+    """Raises RequestError (404)."""
+    if name != served_model_name:
+        raise RequestError(f"The model `{name[:200]}` does not exist", code="model_not_found", param="model", status=404)
+
+
 def decode_chat_request(body: bytes) -> ChatCompletionRequest:
     """The request in `body`, wholly checked. Raises RequestError (400) for the first fault, naming the field."""
     try:

@@ -28,8 +28,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import mmv1
 from mmv1.api.chat import ChatAnswer, SamplingDefaults
 from mmv1.api.metrics import Metrics
-from mmv1.api.protocol import MAX_BODY_BYTES, ChatCompletionRequest, ModelCard, ModelList, decode_chat_request, encode, error_of
-from mmv1.api.statistics import BottleneckLine, StatisticsLine
+from mmv1.api.protocol import (
+    MAX_BODY_BYTES,
+    ChatCompletionRequest,
+    ModelCard,
+    ModelList,
+    check_body_size,
+    check_model,
+    decode_chat_request,
+    encode,
+    error_of,
+)
+from mmv1.api.statistics import BottleneckLine, StatisticsLine, name_of_kv_cache
 from mmv1.errors import EngineDeadError, EngineError, RequestError
 from mmv1.log import logger
 
@@ -115,8 +125,7 @@ async def _read_json_body(request: Request) -> bytes:
                 break
     except ClientDisconnect:
         raise RequestError("The client disconnected", code="client_disconnected", status=499) from None
-    if received > MAX_BODY_BYTES:
-        raise RequestError(f"The body has more than {MAX_BODY_BYTES >> 20} MiB", code="request_too_large", status=413)
+    check_body_size(received)
     return b"".join(pieces)
 
 
@@ -169,18 +178,13 @@ def create_app(llm: AsyncLLM) -> ASGIApp:
     for kind in (RequestError, EngineError, HTTPException, Exception):
         app.add_exception_handler(kind, _error_answer)
 
-    def check_model(name: str) -> None:
-        if name != card.id:
-            message = f"The model `{name[:200]}` does not exist"
-            raise RequestError(message, code="model_not_found", param="model", status=404)
-
     schema = {"schema": {"$ref": "#/components/schemas/ChatCompletionRequest"}}
     body_schema = {"requestBody": {"required": True, "content": {"application/json": schema}}}
 
     @app.post("/v1/chat/completions", openapi_extra=body_schema)
     async def chat_completions(request: Request) -> Response:
         chat_request = decode_chat_request(await _read_json_body(request))
-        check_model(chat_request.model)
+        check_model(chat_request.model, card.id)
         answer = ChatAnswer(llm, chat_request, defaults, metrics)
         stream = bool(chat_request.stream)
         return GeneratedAnswer(answer.events() if stream else answer.full(), stream=stream)
@@ -191,7 +195,7 @@ def create_app(llm: AsyncLLM) -> ASGIApp:
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        check_model(name)
+        check_model(name, card.id)
         return JSONAnswer(card)
 
     @app.get("/health")
@@ -262,7 +266,8 @@ async def _stop_with_engine(llm: AsyncLLM, server: _Server) -> None:
 
 def _periodic_lines(llm: AsyncLLM) -> tuple[Coroutine[Any, Any, None], ...]:
     preprocessor = llm.preprocessor
-    statistics, bottleneck = StatisticsLine(), BottleneckLine(llm.config.preprocess.num_workers)
+    statistics = StatisticsLine(llm.ready.device if llm.ready is not None else "cpu")
+    bottleneck = BottleneckLine(llm.config.preprocess.num_workers)
     return (
         _log_every(_STATISTICS_INTERVAL_S, lambda elapsed_s: statistics.next(llm.stats(), preprocessor.stats(), elapsed_s)),
         _log_every(
@@ -284,16 +289,21 @@ async def _log_every(interval_s: float, next_line: Callable[[float], str | None]
 
 
 def _log_start(llm: AsyncLLM, listener: socket.socket) -> None:
-    model, ready = llm.config.model, llm.ready
+    model, preprocess, ready = llm.config.model, llm.config.preprocess, llm.ready
     if ready is not None:
         num_tokens = ready.num_kv_blocks * ready.block_size
         logger.info("Model: %s (%s), %s on %s", model.served_model_name, model.architecture, ready.dtype, ready.device)
         logger.info("Attention backend: %s", ready.attention_backend)
-        logger.info("KV cache: %d blocks of %d tokens, %d tokens in all", ready.num_kv_blocks, ready.block_size, num_tokens)
+        blocks = f"{ready.num_kv_blocks} blocks of {ready.block_size} tokens"
+        logger.info("%s size: %s tokens (%s)", name_of_kv_cache(ready.device), f"{num_tokens:,}", blocks)
         concurrency = num_tokens / ready.max_model_len
-        logger.info("Maximum concurrency for %d tokens per request: %.2fx", ready.max_model_len, concurrency)
-        logger.info("Encoder cache: %.1f MiB", ready.encoder_cache_bytes / (1 << 20))
+        logger.info("Maximum concurrency for %s tokens per request: %.2fx", f"{ready.max_model_len:,}", concurrency)
+        logger.info("Encoder cache size: %.1f MiB", ready.encoder_cache_bytes / (1 << 20))
+    slab_mib = llm.preprocessor.stats().slab_bytes / (1 << 20)
+    redis = "yes" if preprocess.redis_url else "no"
+    logger.info("Preprocess workers: %d, slab: %.1f MiB, Redis: %s", preprocess.num_workers, slab_mib, redis)
     host, port = listener.getsockname()[:2]
     for route in ("POST /v1/chat/completions", "GET /v1/models", "GET /health", "GET /metrics", "GET /docs"):
         logger.info("Route: %s", route)
-    logger.info("Serving %s on http://%s:%d", model.served_model_name, f"[{host}]" if ":" in host else host, port)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    logger.info("Application startup complete. Serving %s on %s", model.served_model_name, url)

@@ -15,10 +15,16 @@ def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f}%" if whole else "-"
 
 
-class StatisticsLine:
-    """Rates of the engine and its caches."""
+def name_of_kv_cache(device: str) -> str:
+    """As vLLM's lines call it, where there is a GPU."""
+    return "KV cache" if device == "cpu" else "GPU KV cache"
 
-    def __init__(self) -> None:
+
+class StatisticsLine:
+    """Rates of the engine and its caches, in the words of vLLM's line. `device`: as the engine names it."""
+
+    def __init__(self, device: str) -> None:
+        self._kv_cache = name_of_kv_cache(device)
         self._last = SchedulerStats()
         self._last_preprocess = PreprocessStats()
 
@@ -32,13 +38,17 @@ class StatisticsLine:
             return getattr(stats, field) - getattr(last, field)
 
         num_decodes = preprocess.num_decodes - last_preprocess.num_decodes
+        num_slab_hits = preprocess.num_slab_hits - last_preprocess.num_slab_hits
+        num_found = num_slab_hits + preprocess.num_store_hits - last_preprocess.num_store_hits
         decode_ms = 1000 * (preprocess.decode_seconds - last_preprocess.decode_seconds) / max(1, num_decodes)
         return (
             f"Avg prompt throughput: {since('num_prompt_tokens_computed') / elapsed_s:.1f} tokens/s, "
             f"Avg generation throughput: {since('num_generation_tokens') / elapsed_s:.1f} tokens/s, "
             f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
-            f"KV cache usage: {100 * kv_cache_usage(stats):.1f}%, "
+            f"{self._kv_cache} usage: {100 * kv_cache_usage(stats):.1f}%, "
             f"Prefix cache hit rate: {_percent(since('prefix_cache_hits'), since('prefix_cache_queries'))}, "
+            f"MM cache hit rate: {_percent(num_found, num_found + num_decodes)}, "
+            f"Encoder cache usage: {_percent(stats.encoder_cache_bytes, stats.encoder_cache_capacity_bytes)}, "
             f"Encoder cache hit rate: {_percent(since('encoder_cache_hits'), since('encoder_cache_queries'))}, "
             f"Preprocess: {num_decodes} images decoded, {decode_ms:.1f} ms each, {preprocess.num_waiting_for_slab} waiting"
         )

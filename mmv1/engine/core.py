@@ -15,7 +15,7 @@ from concurrent.futures import Future
 
 from mmv1.engine.executor import Executor
 from mmv1.scheduler.scheduler import Scheduler
-from mmv1.step import ModelRunnerOutput, SchedulerOutput
+from mmv1.step import ModelRunnerOutput, SchedulerOutput, StageSeconds
 from mmv1.types import (
     Abort,
     EngineCoreInput,
@@ -86,10 +86,18 @@ class EngineCore:
         while self._in_flight and self._in_flight[0][1].done():
             step, future = self._in_flight.popleft()
             self._progress_at = time.monotonic()
-            self._outbox.outputs += self.scheduler.update(step, future.result())
+            result = future.result()
+            self._outbox.outputs += self.scheduler.update(step, result)
+            self._count_seconds(result.seconds)
         self._outbox.outputs += self.scheduler.take_failed()
         self._collect_pixel_messages()
         self._tell()
+
+    def _count_seconds(self, seconds: StageSeconds) -> None:
+        stats = self.scheduler.stats
+        stats.encode_seconds += seconds.encode
+        stats.prefill_seconds += seconds.prefill
+        stats.decode_seconds += seconds.decode
 
     def _launch(self) -> bool:
         """Schedule and submit one step if there is one and room for it. Whether it is worth trying again at once."""

@@ -13,19 +13,29 @@ from mmv1.models.interface import Model
 from mmv1.runner.attention.backend import AttentionBackend, PagedAttention
 from mmv1.runner.encoder_runner import EncoderRunner
 from mmv1.runner.input_batch import InputBatch
-from mmv1.runner.platform import HostCopy, Platform
+from mmv1.runner.platform import DeviceClock, HostCopy, Platform
 from mmv1.runner.positions import request_positions
 from mmv1.runner.sampler import Sampler, SamplerOutput
-from mmv1.step import ModelRunnerOutput, NewRequestData, SchedulerOutput
+from mmv1.step import ModelRunnerOutput, NewRequestData, SchedulerOutput, StageSeconds
 from mmv1.types import TokenLogprobs
+
+_NOBODY_ASKED = np.empty(0)
 
 
 class PendingOutput:
     """A step that has been launched. `wait` gives its result and may be called on another thread, meanwhile the next step may
     be launched."""
 
-    def __init__(self, step_id: int, request_ids: list[str], sampled: SamplerOutput | None, num_logprobs: np.ndarray) -> None:
+    def __init__(
+        self,
+        step_id: int,
+        clock: DeviceClock,
+        request_ids: Sequence[str] = (),
+        sampled: SamplerOutput | None = None,
+        num_logprobs: np.ndarray = _NOBODY_ASKED,
+    ) -> None:
         """`num_logprobs` [requests]: how many likeliest tokens each asked for."""
+        self._clock = clock
         self._step_id = step_id
         self._request_ids = request_ids
         self._num_logprobs = num_logprobs
@@ -43,9 +53,10 @@ class PendingOutput:
         token_ids = values[0].tolist() if values else []
         return ModelRunnerOutput(
             step_id=self._step_id,
-            request_ids=self._request_ids,
+            request_ids=list(self._request_ids),
             sampled_token_ids=token_ids,
             logprobs=self._read_logprobs(token_ids, *values[1:]) if self._asked else None,
+            seconds=StageSeconds(**self._clock.take()),
         )
 
     def _read_logprobs(
@@ -93,26 +104,34 @@ class ModelRunner:
         )
         self._sampler = Sampler(platform, model.vocab_size)
         self._seed = seed
+        self._clock = platform.clock()
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> PendingOutput:
         """Launch a step. Raises EngineError when the step contradicts what the worker knows."""
+        self._clock.restart()
         self._update(step)
-        self._encoder.encode(step.encoder_inputs)
+        if step.encoder_inputs:
+            self._encoder.encode(step.encoder_inputs)
+            self._clock.lap({"encode": 1.0})
         if not step.num_scheduled_tokens:
-            return PendingOutput(step.step_id, [], None, np.empty(0))
+            return PendingOutput(step.step_id, self._clock)
         inputs = self._batch.prepare(step.num_scheduled_tokens)
         embedded = self._model.embed(inputs.input_ids, *self._encoder.gather(inputs, self._batch))
         attention = PagedAttention(self._backend, self._kv_caches, inputs.attention)
         hidden = self._model.forward(embedded, inputs.positions, attention)
         if not inputs.sampling_ids:
-            return PendingOutput(step.step_id, [], None, np.empty(0))
+            self._clock.lap({"prefill": 1.0})
+            return PendingOutput(step.step_id, self._clock)
         logits = self._model.compute_logits(hidden.index_select(0, inputs.sampling_tokens))
         token_ids = self._batch.token_ids
         params = self._batch.sampling_batch(inputs.sampling_rows)
         sampled = self._sampler(logits, params, token_ids.tensor)
         token_ids.flat.index_copy_(0, inputs.sampled_places, sampled.token_ids.int())
-        return PendingOutput(step.step_id, inputs.sampling_ids, sampled, params.logprobs)
+        num_decoded = int((inputs.query_lens == 1).sum())  # all but a last token of a prompt that comes alone
+        share = num_decoded / step.total_num_scheduled_tokens
+        self._clock.lap({"prefill": 1.0 - share, "decode": share})
+        return PendingOutput(step.step_id, self._clock, inputs.sampling_ids, sampled, params.logprobs)
 
     def _update(self, step: SchedulerOutput) -> None:
         for request_id in step.finished_request_ids:

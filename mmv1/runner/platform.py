@@ -6,7 +6,10 @@ all of that is nothing, and the same calls cost nothing.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +34,42 @@ class HostCopy:
         if self._event is not None:
             self._event.synchronize()
         return [tensor.numpy() for tensor in self._host]
+
+
+class DeviceClock:
+    """How long the device works at what is launched between two `lap`s. On CUDA by events, which are read once they have
+    happened: nobody waits for them. Laps on one thread, `take` on one, perhaps another."""
+
+    def __init__(self, is_cuda: bool) -> None:
+        self._is_cuda = is_cuda
+        self._last = self._now()
+        self._laps: deque[tuple[Any, Any, dict[str, float]]] = deque()
+
+    def restart(self) -> None:
+        """What has been launched since the last lap is not counted."""
+        self._last = self._now()
+
+    def lap(self, shares: dict[str, float]) -> None:
+        """What has been launched since the last lap, or restart, is so much of each: {"prefill": 0.9, "decode": 0.1}."""
+        start, self._last = self._last, self._now()
+        self._laps.append((start, self._last, shares))
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each in the laps that have ended since the last time."""
+        seconds: dict[str, float] = {}
+        while self._laps and (not self._is_cuda or self._laps[0][1].query()):
+            start, end, shares = self._laps.popleft()
+            elapsed_s = start.elapsed_time(end) / 1000 if self._is_cuda else end - start
+            for name, share in shares.items():
+                seconds[name] = seconds.get(name, 0.0) + share * elapsed_s
+        return seconds
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class Platform:
@@ -61,6 +100,9 @@ class Platform:
     def staging(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Host memory to fill and then send with `.to(device, non_blocking=True)`."""
         return torch.empty(shape, dtype=dtype, pin_memory=self.is_cuda)
+
+    def clock(self) -> DeviceClock:
+        return DeviceClock(self.is_cuda)
 
     def start_measuring(self) -> None:
         """Forget earlier peaks of the device's memory."""

@@ -292,5 +292,6 @@ def test_start_up_lines(llm: FakeLLM, caplog: pytest.LogCaptureFixture) -> None:
     assert f"http://127.0.0.1:{port}" in caplog.text
     assert "Route: POST /v1/chat/completions" in caplog.text
     assert "float32 on cpu" in caplog.text
-    assert "10 blocks of 16 tokens" in caplog.text
+    assert "KV cache size: 160 tokens (10 blocks of 16 tokens)" in caplog.text
+    assert "Redis: no" in caplog.text
     assert "Maximum concurrency for 128 tokens per request: 1.25x" in caplog.text

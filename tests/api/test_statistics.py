@@ -17,24 +17,32 @@ from tests.api.test_server import served
 
 
 def test_statistics_line_has_rates_and_is_silent_when_idle() -> None:
-    statistics = StatisticsLine()
+    statistics = StatisticsLine("cpu")
     assert statistics.next(SchedulerStats(), PreprocessStats(), 10) is None
     busy = SchedulerStats(
         num_steps=9, num_running=1, num_kv_blocks=4, num_kv_blocks_used=1, num_generation_tokens=50,
         num_prompt_tokens_computed=200, prefix_cache_queries=10, prefix_cache_hits=4,
+        encoder_cache_bytes=30, encoder_cache_capacity_bytes=120,
     )  # fmt: skip
-    decoded = PreprocessStats(num_decodes=3, decode_seconds=0.06)
+    decoded = PreprocessStats(num_decodes=3, decode_seconds=0.06, num_slab_hits=1, num_store_hits=2)
     line = statistics.next(busy, decoded, 10)
     assert "prompt throughput: 20.0 tokens/s" in line
     assert "generation throughput: 5.0 tokens/s" in line
     assert "Running: 1 reqs, Waiting: 0 reqs" in line
-    assert "KV cache usage: 25.0%" in line
+    assert ", KV cache usage: 25.0%" in line
     assert "Prefix cache hit rate: 40.0%" in line
+    assert "MM cache hit rate: 50.0%" in line
+    assert "Encoder cache usage: 25.0%" in line
     assert "Encoder cache hit rate: -" in line
     assert "3 images decoded, 20.0 ms each" in line
     busy_without_progress = SchedulerStats(num_steps=9, num_running=1)
     assert statistics.next(busy_without_progress, decoded, 10) is not None
     assert statistics.next(SchedulerStats(num_steps=9), decoded, 10) is None
+
+
+def test_the_kv_cache_of_a_gpu_has_vllms_name() -> None:
+    line = StatisticsLine("NVIDIA H100 80GB HBM3").next(SchedulerStats(num_steps=1), PreprocessStats(), 10)
+    assert "GPU KV cache usage: 0.0%" in line
 
 
 def timings_of(**seconds: list[float]) -> StageTimings:

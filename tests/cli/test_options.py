@@ -1,59 +1,97 @@
-"""The command line: every setting is an option, errors are one sentence, and help comes at once."""
+"""The engine's flags: every setting is one, a file can say them too, and what is wrong with them is said in one sentence."""
 
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import mmv1
-from mmv1.api import cli
+from mmv1.cli import options
+from mmv1.cli.main import make_parser
 from mmv1.config import EngineArgs
-from tests.api.fake_llm import make_model_dir
+from mmv1.errors import ConfigError
+
+GIVEN: dict[str, Any] = {
+    "served_model_name": "m", "dtype": "float16", "load_format": "dummy", "max_model_len": 9, "seed": 3, "max_num_seqs": 4,
+    "max_num_batched_tokens": 5, "scheduling_policy": "priority", "max_num_encoder_tokens": 6, "block_size": 32,
+    "gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 7, "num_gpu_blocks_override": 8, "enable_prefix_caching": False,
+    "encoder_cache_bytes": 10, "limit_mm_per_prompt": {"image": 4}, "max_pixels": 11, "min_pixels": 12,
+    "mm_processor_kwargs": {"max_pixels": 15}, "preprocess_workers": 2, "preprocess_slab_gb": 0.25, "hash_algorithm": "xxh3",
+    "allowed_media_domains": ["a.org", "b.org"], "allowed_local_media_path": "/media", "media_fetch_timeout_s": 2.5,
+    "extra_image_formats": ["bmp", "tiff"],
+    "redis_url": "redis://r:1/2", "redis_ttl_s": 13, "redis_min_bytes": 14, "cache_secret_file": "/secret",
+}  # fmt: skip
+
+YAML = """
+served-model-name: m
+dtype: float16
+load_format: dummy
+max-model-len: 9
+seed: 3
+max_num_seqs: 4
+max-num-batched-tokens: 5
+scheduling-policy: priority
+max-num-encoder-tokens: 6
+block-size: 32
+gpu-memory-utilization: 0.5
+kv-cache-memory-bytes: 7
+num-gpu-blocks-override: 8
+enable-prefix-caching: false
+encoder-cache-bytes: 10
+limit-mm-per-prompt: {image: 4}
+max-pixels: 11
+min-pixels: 12
+mm-processor-kwargs:
+  max_pixels: 15
+preprocess-workers: 2
+preprocess-slab-gb: 0.25
+hash-algorithm: xxh3
+allowed-media-domains: [a.org, b.org]
+allowed-local-media-path: /media
+media-fetch-timeout-s: 2.5
+extra-image-formats:
+  - bmp
+  - tiff
+redis-url: redis://r:1/2
+redis-ttl-s: 13
+redis-min-bytes: 14
+cache-secret-file: /secret
+"""
 
 
-def parse(*arguments: str) -> EngineArgs:
-    return cli._engine_args(cli.make_parser().parse_args(["serve", "some/model", *arguments]))
+def parse(*arguments: str | Path, command: str = "serve") -> EngineArgs:
+    argv = [command, *map(str, arguments)]
+    return options.engine_args(make_parser(argv)[0].parse_args(argv))
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "import sys; from mmv1.api.cli import main; sys.exit(main())", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def written(folder: Path, text: str) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(text)
+    return path
 
 
 def test_without_options_the_defaults_hold() -> None:
-    assert parse() == EngineArgs(model="some/model")
-    assert cli._engine_args(cli.make_parser().parse_args(["serve"])) == EngineArgs()  # the demo model
+    assert parse() == EngineArgs()  # the demo model
+    assert parse("some/model") == EngineArgs(model="some/model")
+    assert parse("What?", "--model", "some/model", command="run") == EngineArgs(model="some/model")
 
 
 def test_every_setting_is_an_option() -> None:
-    given = {
-        "served_model_name": "m", "dtype": "float16", "load_format": "dummy", "max_model_len": 9, "seed": 3, "max_num_seqs": 4,
-        "max_num_batched_tokens": 5, "scheduling_policy": "priority", "max_num_encoder_tokens": 6, "block_size": 32,
-        "gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 7, "num_gpu_blocks_override": 8, "enable_prefix_caching": False,
-        "encoder_cache_bytes": 10, "limit_mm_per_prompt": {"image": 4}, "max_pixels": 11, "min_pixels": 12,
-        "preprocess_workers": 2, "preprocess_slab_gb": 0.25, "hash_algorithm": "xxh3",
-        "allowed_media_domains": ["a.org", "b.org"], "allowed_local_media_path": "/media", "media_fetch_timeout_s": 2.5,
-        "extra_image_formats": ["bmp", "tiff"],
-        "redis_url": "redis://r:1/2", "redis_ttl_s": 13, "redis_min_bytes": 14, "cache_secret_file": "/secret",
-    }  # fmt: skip
-    assert {"model", *given} == {field.name for field in dataclasses.fields(EngineArgs)}
+    assert {"model", *GIVEN} == {field.name for field in dataclasses.fields(EngineArgs)}
     arguments = []
-    for name, value in given.items():
+    for name, value in GIVEN.items():
         option = "--" + name.replace("_", "-")
         if value is False:
             arguments.append(option.replace("--", "--no-", 1))
         elif isinstance(value, dict):
-            arguments += [option, '{"image": 4}']
+            arguments += [option, str(value).replace("'", '"')]
         elif isinstance(value, list):
             arguments += [option, *value]
         else:
             arguments += [option, str(value)]
-    assert parse(*arguments) == EngineArgs(model="some/model", **given)
+    assert parse("some/model", *arguments) == EngineArgs(model="some/model", **GIVEN)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +100,8 @@ def test_every_setting_is_an_option() -> None:
         ("--dtype", "int4"),
         ("--limit-mm-per-prompt", "4"),
         ("--limit-mm-per-prompt", "{"),
-        ("--limit-mm-per-prompt", '{"image": true}'),
-        ("--limit-mm-per-prompt", '{"image": -1}'),
         ("--max-num-seqs", "many"),
+        ("--max-num-seq", "4"),  # no flag by a part of its name
         ("--surprise",),
     ],
 )
@@ -75,41 +112,72 @@ def test_wrong_options_are_refused(arguments: tuple[str, ...], capsys: pytest.Ca
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_help_and_version_come_at_once() -> None:
-    start = time.monotonic()
-    helped = run("--help")
-    elapsed = time.monotonic() - start
-    assert helped.returncode == 0
-    assert "serve" in helped.stdout
-    assert elapsed < 5  # a third of a second on an idle machine
-    assert run("--version").stdout.strip() == f"mmv1 {mmv1.__version__}"
+def test_a_file_can_say_every_setting(tmp_path: Path) -> None:
+    path = written(tmp_path, "model: some/model\n" + YAML)
+    assert parse("--config", path) == EngineArgs(model="some/model", **GIVEN)
+    assert parse("What?", "--config", path, command="run") == EngineArgs(model="some/model", **GIVEN)
 
 
-def test_nothing_heavy_is_imported_for_help() -> None:
-    code = "import sys; from mmv1.api.cli import make_parser; make_parser().format_help(); print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout.split()
-    assert not {"torch", "fastapi", "uvicorn", "numpy", "zmq", "tokenizers", "PIL"} & set(modules)
+def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "model: some/model\nmax-num-seqs: 4\nallowed-media-domains: [a.org]\nenable-prefix-caching: false\n")
+    arguments = ("--max-num-seqs", "5", "other/model", "--allowed-media-domains", "b.org", "--enable-prefix-caching")
+    expected = EngineArgs(model="other/model", max_num_seqs=5, allowed_media_domains=["b.org"])
+    assert parse("--config", path, *arguments) == expected
+    assert parse(*arguments, f"--config={path}") == expected
 
 
-def test_serve_help_shows_headings_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_can_say_what_is_not_the_engines(tmp_path: Path) -> None:
+    argv = ["serve", "--config", str(written(tmp_path, "port: 9000\nhost: 0.0.0.0\n"))]
+    namespace = make_parser(argv)[0].parse_args(argv)
+    assert (namespace.host, namespace.port) == ("0.0.0.0", 9000)
+
+
+def test_an_empty_file_and_null_say_nothing(tmp_path: Path) -> None:
+    assert parse("--config", written(tmp_path, "# nothing\n")) == EngineArgs()
+    assert parse("--config", written(tmp_path, "max-model-len: null\nseed:\n")) == EngineArgs()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max-modellen: 4", ["max-modellen", "did you mean max-model-len"]),
+        ("config: other.yaml", ["'config' is no setting of mmv1 serve"]),
+        ("help: true", ["'help' is no setting"]),
+        ("no-enable-prefix-caching: true", ["'no-enable-prefix-caching' is no setting"]),
+        ("7: 8", ["'7' is no setting"]),
+        ("max-model-len: many", ["max-model-len must be a whole number, not 'many'"]),
+        ("max_model_len: 4.5", ["max_model_len must be a whole number, not 4.5"]),
+        ("max-model-len: true", ["max-model-len must be a whole number, not True"]),
+        ("max-model-len: [4]", ["max-model-len must be a whole number, not [4]"]),
+        ("gpu-memory-utilization: most", ["gpu-memory-utilization must be a number, not 'most'"]),
+        ("served-model-name: {a: b}", ["served-model-name must be text"]),
+        ("redis-url: off", ["redis-url must be text, not False"]),  # YAML 1.1: off is no text
+        ("dtype: int4", ["dtype must be one of auto, bfloat16, float16, float32, not 'int4'"]),
+        ("enable-prefix-caching: 1", ["enable-prefix-caching must be true or false, not 1"]),
+        ("limit-mm-per-prompt: 4", ["limit-mm-per-prompt must be a mapping, not 4"]),
+        ("allowed-media-domains: a.org", ["allowed-media-domains must be a list, not 'a.org'"]),
+        ("allowed-media-domains: [[a.org]]", ["allowed-media-domains must be text, not ['a.org']"]),
+        ("- max-model-len", ["must hold settings, one a line"]),
+        ("a: [", ["is not YAML"]),
+        ("a: !!python/object:os.system x", ["is not YAML"]),
+        ("\x00", ["is not YAML"]),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(text: str, words: list[str], tmp_path: Path) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as refused:
+        parse("--config", path)
+    message = str(refused.value)
+    assert str(path) in message and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        parse("--config", tmp_path / "missing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"served-model-name: \xe9\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        parse("--config", tmp_path / "latin.yaml")
     with pytest.raises(SystemExit):
-        cli.main(["serve", "--help"])
-    text = capsys.readouterr().out
-    for heading in ("Server:", "Model:", "Scheduler:", "Memory:", "Pictures:"):
-        assert heading in text
-    assert "(default: 256)" in text
-
-
-def test_settings_that_cannot_work_are_one_sentence(tmp_path: Path) -> None:
-    make_model_dir(tmp_path)
-    for arguments in (
-        ("/no/such/model",),
-        (str(tmp_path), "--max-model-len", "100000"),
-        (str(tmp_path), "--host", "192.0.2.1"),
-        (str(tmp_path), "--port", "99999"),
-    ):
-        failed = run("serve", *arguments)
-        assert failed.returncode == 2
-        assert failed.stderr.startswith("mmv1: ")
-        assert failed.stderr.count("\n") == 1
-        assert "Traceback" not in failed.stderr
+        parse("--config")

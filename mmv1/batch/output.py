@@ -1,0 +1,190 @@
+"""One output as a whole: its log, settings, errors and sink, opened so that the run goes on where an earlier one stopped.
+
+When captions would depend on something else than before (the prompt, the model, ...), what there is is set aside under another
+name, and the output starts anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from mmv1.batch.caption_log import (
+    CaptionLog,
+    Errors,
+    Files,
+    Settings,
+    changes,
+    keys_set_aside,
+    read_settings,
+    set_aside,
+    write_settings,
+)
+from mmv1.batch.sinks import JsonlSink, ParquetSink, ShardSink, SidecarSink, Sink, shard_paths
+from mmv1.batch.sources import Sample, shard_of
+from mmv1.errors import ConfigError, ImageError
+from mmv1.log import logger
+
+_WEBDATASET = "wds:"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The `index`-th of `count` shares of the work."""
+
+    index: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """In the names of files; nothing when the work is not shared."""
+        return f"{self.index}-of-{self.count}" if self.count > 1 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputArgs:
+    """The user's words. `place` None: text files beside the pictures, and the log in the one folder they are in, or here."""
+
+    place: str | None
+    sources: Sequence[str]
+    shard: Shard
+    extension: str
+    samples_a_shard: int
+    overwrite: bool
+
+
+class Output:
+    """Open until `close`, which finishes what is unfinished. Raises ConfigError where it cannot be opened."""
+
+    def __init__(self, args: OutputArgs, work: dict[str, Any]) -> None:
+        """`work`: all that a caption depends on."""
+        self._args = args
+        try:
+            self.files = _files(args)
+            self.log = self._open_log(work)
+            self.sink = self._make_sink()
+            self.errors = Errors(self.files.errors)
+        except OSError as error:
+            raise ConfigError(f"{error.filename} cannot be written ({error.strerror})") from error
+
+    def close(self) -> None:
+        """Raises ConfigError when the rest cannot be written."""
+        try:
+            self.sink.close()
+        except OSError as error:
+            raise ConfigError(f"the output cannot be finished ({error.strerror}): run again to go on") from error
+        finally:
+            self.errors.close()
+            self.log.close()
+
+    def _open_log(self, work: dict[str, Any]) -> CaptionLog:
+        """The log to go on with. It is locked before anything is looked at or renamed."""
+        args, files = self._args, self.files
+        log = CaptionLog(files.log)
+        old = read_settings(files.settings)
+        if old is None and not log.keys:
+            reason = "--overwrite" if args.overwrite else ""
+        elif args.overwrite:
+            reason = "--overwrite"
+        else:
+            reason = "its settings are gone" if old is None else "; ".join(changes(old.work, work))
+        if reason:
+            if log.keys:
+                logger.warning("Every picture is captioned anew (%s); %d captions are set aside as %s.previous-*",
+                               reason, len(log.keys), files.log)  # fmt: skip
+            set_aside([*self._made_of_log(), files.log])
+            log.close()
+            log = CaptionLog(files.log)
+        elif log.keys:
+            logger.info("Going on: %d captions are there", len(log.keys))
+        self._replaces_all = args.overwrite or (old is not None and not reason and old.replaces_all)
+        write_settings(files.settings, Settings(work, self._replaces_all))
+        return log
+
+    def _made_of_log(self) -> Iterator[Path]:
+        """What must not outlive the log."""
+        place = self._args.place or ""
+        if place.startswith(_WEBDATASET):
+            for path in shard_paths(self.files.log.parent, self._shard_prefix):
+                yield path
+                yield path.with_suffix(".jsonl")
+        elif place.endswith(".parquet"):
+            yield _part(Path(place), self._args.shard)
+
+    def _make_sink(self) -> Sink:
+        args, log = self._args, self.log
+        place = args.place or ""
+        if not place:
+            before = keys_set_aside(self.files.log)
+            return SidecarSink(log, args.extension, written_before=before, replaces_all=self._replaces_all)
+        if place.startswith(_WEBDATASET):
+            return ShardSink(self.files.log.parent, self._shard_prefix, args.samples_a_shard)
+        return ParquetSink(log, _part(Path(place), args.shard)) if place.endswith(".parquet") else JsonlSink(log)
+
+    @property
+    def _shard_prefix(self) -> str:
+        return f"{self._args.shard.name}-" if self._args.shard.name else ""
+
+
+def _files(args: OutputArgs) -> Files:
+    """Makes the folder. Raises ConfigError, OSError."""
+    place = args.place
+    if place is None:
+        only = args.sources[0] if len(args.sources) == 1 else "."
+        return Files.beside(Path(only if os.path.isdir(only) else "."), args.shard.name)
+    if place.startswith(_WEBDATASET):
+        folder = Path(place.removeprefix(_WEBDATASET))
+        folder.mkdir(parents=True, exist_ok=True)
+        return Files.beside(folder, args.shard.name)
+    if not place.endswith((".jsonl", ".parquet")):
+        raise ConfigError(f"--output {place} must end with .jsonl or .parquet, or begin with wds: for webdataset shards")
+    path = Path(place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = Files.beside(path, args.shard.name)
+    if place.endswith(".parquet") and _part(path, args.shard).exists() and not files.settings.exists() and not args.overwrite:
+        raise ConfigError(f"{place} exists and was not written by this command: give another --output, or --overwrite")
+    return files
+
+
+def _part(path: Path, shard: Shard) -> Path:
+    return path.with_name(f"{path.stem}.{shard.name}{path.suffix}") if shard.name else path
+
+
+class Selection:
+    """Of all samples those to caption now: of this shard, among its first `limit`, and not done. Iterated once, in one thread."""
+
+    def __init__(self, samples: Iterable[Sample], sink: Sink, shard: Shard, limit: int | None) -> None:
+        self._samples = samples
+        self._sink = sink
+        self._shard = shard
+        self._limit = limit
+        self._keys_by_place: dict[bytes, bytes] = {}  # digests, of 8 bytes: names would take ten times the memory
+        self.num_seen = self.num_done = 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        mine = (sample for sample in self._samples if shard_of(sample.key, self._shard.count) == self._shard.index)
+        for sample in islice(self._unrepeated(mine), self._limit):
+            self.num_seen += 1
+            if self._sink.is_done(sample):
+                self.num_done += 1
+            else:
+                yield sample
+
+    def _unrepeated(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """A sample that is listed twice comes once; of two samples whose captions would be one file the second is a fault."""
+        for sample in samples:
+            place, key = _short_digest(self._sink.place_of(sample)), _short_digest(sample.key)
+            if (first := self._keys_by_place.setdefault(place, key)) is key:  # the object itself: nobody was there
+                yield sample
+            elif first != key:
+                yield Sample(sample.key, ImageError("its caption would be in the same file as another picture's: give --output"))
+
+
+def _short_digest(text: str) -> bytes:
+    return blake3(text.encode("utf-8", "replace")).digest(8)

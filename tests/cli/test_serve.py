@@ -1,0 +1,54 @@
+"""`mmv1 serve` up to where it listens: settings that cannot work, and the line that says which settings there are."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+
+import pytest
+
+from mmv1.cli import serve
+from mmv1.config import EngineArgs
+from tests.api.fake_llm import make_model_dir
+from tests.cli.command import assert_one_sentence, mmv1
+from tests.integration.server import serving
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max-model-len", "100000"], ["--max-model-len 100000 is more than the model's 128"]),
+        (["--host", "192.0.2.1"], ["cannot listen on 192.0.2.1", "--host"]),
+        (["--port", "99999"], ["port 99999: no such port", "--port"]),
+        (["--limit-mm-per-prompt", '{"image": true}'], ["--limit-mm-per-prompt", "True"]),
+        (["--limit-mm-per-prompt", '{"image": -1}'], ["--limit-mm-per-prompt", "-1"]),
+        (["--mm-processor-kwargs", '{"do_resize": false}'], ["--mm-processor-kwargs", "do_resize"]),
+    ],
+)
+def test_settings_that_cannot_work_are_one_sentence(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    assert_one_sentence(mmv1("serve", make_model_dir(tmp_path), *arguments), *words)
+
+
+def test_a_model_that_is_not_there_is_one_sentence() -> None:
+    assert_one_sentence(mmv1("serve", "/no/such/model"), "no model directory at '/no/such/model'")
+
+
+def test_the_log_says_which_settings_are_not_the_defaults(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "mmv1"):
+        serve._log_settings(EngineArgs())
+        serve._log_settings(EngineArgs(model="m", max_num_seqs=4, redis_url="redis://user:secret@host"))
+    assert caplog.messages == ["Non-default settings: none", "Non-default settings: model='m', max_num_seqs=4, redis_url='...'"]
+
+
+@pytest.mark.slow
+def test_start_and_stop_as_a_person_sees_them(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("max-model-len: 512\nmm-processor-kwargs: {max_pixels: 50176}\n")
+    with serving(tiny_model_dir, tmp_path, "--config", str(config)) as server:
+        assert server.http.get(f"{server.url}/v1/models").json()["data"][0]["max_model_len"] == 512
+        for words in ("max_model_len=512", "Attention backend: ", "concurrency for 512 tokens", "Application startup complete"):
+            assert words in server.log
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=30) == 0  # it was asked to stop, and stopped in order
+        assert "Traceback" not in server.log
