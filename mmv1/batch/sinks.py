@@ -68,13 +68,13 @@ class Recorder:
     async def _write_all(self) -> None:
         while self._waiting:
             group, self._waiting = self._waiting, []
-            fault: ConfigError | None = None
+            fault: BaseException | None = None
             try:
                 await asyncio.to_thread(self._write, group)
             except OSError as error:
                 name = error.filename or "the output"
                 fault = ConfigError(f"{name} cannot be written ({error.strerror}): what is there is kept, run again to go on")
-            except ConfigError as error:
+            except BaseException as error:  # whatever it is, whoever waits must hear of it
                 fault = error
             for waiting in group:
                 if waiting.written.done():  # cancelled

@@ -64,6 +64,7 @@ class FakeBackend:
         )
         self.refuse: Callable[[dict[str, Any], bytes], tuple[int, dict[str, Any]] | None] = lambda body, picture: None
         self.finish_reason = "stop"
+        self.delay_s = 0.001
 
     async def chat(self, body: dict[str, Any]) -> Answer:
         content = body["messages"][-1]["content"]
@@ -72,7 +73,7 @@ class FakeBackend:
         self.asked[picture] += 1
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(self.delay_s)
         self.num_open -= 1
         if (refusal := self.refuse(body, picture)) is not None:
             return Answer(refusal[0], {"error": refusal[1]}, "")
