@@ -61,10 +61,12 @@ class ClipScorer:
     """The process, from outside. `start` before, `close` after; one event loop."""
 
     def __init__(self, model: str) -> None:
-        """`model`: NAME:PRETRAINED, as open_clip lists them, or NAME:PATH of weights; NAME may be the path of a JSON file with an
-        architecture. Raises ConfigError without open_clip."""
+        """`model`: NAME:TAG, as open_clip lists them, or NAME:PATH of weights; NAME may be the path of a JSON file with an
+        architecture. Raises ConfigError, also without open_clip."""
         if importlib.util.find_spec("open_clip") is None:
             raise ConfigError("ranking needs open_clip: install it with `pip install 'mmv1[clip]'`")
+        if not all(model.partition(":")):
+            raise ConfigError(f"--clip-model {model} must have the form NAME:WEIGHTS, such as {DEFAULT_MODEL}")
         self._model = model
         self._job_ids = itertools.count()
         self._waiting: dict[int, asyncio.Future[Scores]] = {}
@@ -148,8 +150,6 @@ class _Model:
             name = Path(name).stem
         if name not in open_clip.list_models():
             raise ValueError(f"open_clip knows no architecture '{name}'")
-        if not pretrained:
-            raise ValueError("give it as NAME:PRETRAINED or NAME:PATH; without weights scores mean nothing")
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model, _, self._transform = open_clip.create_model_and_transforms(name, pretrained, device=self._device)
