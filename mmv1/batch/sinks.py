@@ -65,6 +65,11 @@ class Recorder:
             self._writing = asyncio.create_task(self._write_all())
         await waiting.written
 
+    async def finish(self) -> None:
+        """Returns when nothing is being written any more, also for those who no longer wait. Raises nothing."""
+        if self._writing is not None:
+            await self._writing
+
     async def _write_all(self) -> None:
         while self._waiting:
             group, self._waiting = self._waiting, []

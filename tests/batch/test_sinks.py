@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,6 +115,34 @@ def test_rows_that_come_together_are_written_together(tmp_path: Path) -> None:
         log.append = lambda rows: (groups.append(len(rows)), append(rows))[1]  # type: ignore[method-assign]
         record(log, sink, *samples)
     assert sum(groups) == 20 and len(groups) <= 2
+
+
+def test_what_is_being_written_is_finished_when_nobody_waits_for_it_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = sample_of(tmp_path, "a.jpg")
+
+    async def give_up(log: CaptionLog, sink: Sink) -> None:
+        recorder = Recorder(log, sink)
+        write = sink.write
+        going_on, may_go_on = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def slow(*row: Any) -> None:
+            loop.call_soon_threadsafe(going_on.set)
+            may_go_on.wait(10)
+            write(*row)
+
+        monkeypatch.setattr(sink, "write", slow)
+        recording = asyncio.ensure_future(recorder.record(sample, row_of(sample), PICTURE))
+        await asyncio.wait_for(going_on.wait(), 10)
+        recording.cancel()
+        may_go_on.set()
+        await recorder.finish()
+        assert (tmp_path / "a.txt").read_text() == "new\n"
+
+    with opened("sidecars", tmp_path) as (log, sink):
+        asyncio.run(give_up(log, sink))
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
