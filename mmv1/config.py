@@ -173,8 +173,10 @@ def find_model_dir(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = type(error).__name__
-        raise ConfigError(f"'{model}' is not a local directory and could not be fetched from the hub ({reason})") from error
+        reason = f"could not be fetched from the hub ({type(error).__name__})"
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "is not in the cache of the hub's models, and the hub cannot be reached"
+        raise ConfigError(f"'{model}' is not a local directory and {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mmv1.config import EngineArgs, EngineConfig, PreprocessConfig, has_cuda_device, resolve
 from mmv1.errors import ConfigError
@@ -175,6 +176,15 @@ def test_without_a_name_it_is_the_demo_model() -> None:
 def test_a_name_that_is_neither_a_directory_nor_a_hub_id(name: str) -> None:
     with pytest.raises(ConfigError, match="no model directory"):
         resolve(EngineArgs(model=name))
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(*_args: Any, **_kwargs: Any) -> str:
+        raise LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ConfigError, match=r"'owner/name' is not a local directory and .* the hub cannot be reached"):
+        resolve(EngineArgs(model="owner/name"))
 
 
 def test_redis_comes_from_the_flag_or_the_environment(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

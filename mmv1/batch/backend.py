@@ -236,7 +236,7 @@ class ServerBackend:
         except httpx.ReadTimeout:
             message = f"no answer within {_TIMEOUT.read:.0f} s"
             return _Reply(Answer(504, _error_body(message, "timeout"), ""), message, may_pass=True)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:  # also a body that cannot be decoded
             return _Reply(None, _words_of(error), may_pass=True)
         answer = _answer_in(response)
         may_pass = answer.status_code == 429 or answer.status_code >= 500
@@ -248,7 +248,7 @@ class ServerBackend:
         try:
             response = await self._client.get("/metrics", timeout=5.0)
             return _read_load(response.text) if response.status_code == 200 else None
-        except (httpx.TransportError, ValueError):
+        except (httpx.RequestError, ValueError):
             return None
 
     async def close(self) -> None:
@@ -282,7 +282,7 @@ async def _model_names(client: httpx.AsyncClient, url: str, patience_s: float) -
         try:
             response = await client.get("/v1/models", timeout=10.0)
             status, fault = response.status_code, f"status {response.status_code}"
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             status, fault = 503, _words_of(error)
         if status in (401, 403):
             raise ConfigError(f"the server at {url} refuses us (status {status}): set OPENAI_API_KEY to a key that it knows")
@@ -343,7 +343,7 @@ def _retry_after_s(response: httpx.Response) -> float:
     return min(seconds, _LONGEST_RETRY_AFTER_S) if seconds > 0 else 0.0
 
 
-def _words_of(error: httpx.TransportError) -> str:
+def _words_of(error: httpx.RequestError) -> str:
     return str(error) or type(error).__name__
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,7 @@ def _add_sampling(add: Callable[..., object]) -> None:
     add("--max-tokens", type=_positive, default=256, metavar="N", help="longest caption (default: 256)")
     for name in _SAMPLING:
         default = "0, or 1 with several captions" if name == "temperature" else "the model's"
-        kind, metavar = (int, "N") if name == "top_k" else (float, "X")
+        kind, metavar = (int, "N") if name == "top_k" else (_number, "X")
         add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"default: {default}")
     add("--stop", nargs="+", metavar="TEXT", help="what ends a caption")
 
@@ -74,7 +75,7 @@ def _add_sampling(add: Callable[..., object]) -> None:
 def _add_ranking(add: Callable[..., object]) -> None:
     add("--num-captions", type=_positive, default=1, metavar="N", help="captions drawn for each picture (default: 1)")
     add("--rank", choices=["clip"], help="keep the one that fits best, by CLIPScore (needs the extra `clip`)")
-    add("--min-clip-score", type=float, metavar="X", help="captions that score less, of 0 to 2.5, count as failed")
+    add("--min-clip-score", type=_number, metavar="X", help="captions that score less, of 0 to 2.5, count as failed")
     add("--clip-model", metavar="NAME:WEIGHTS", help="of open_clip, WEIGHTS: tag or file (default: ViT-B-32:laion2b_s34b_b79k)")
 
 
@@ -82,6 +83,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
 
 
 def _share(text: str) -> tuple[int, int]:

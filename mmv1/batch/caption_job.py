@@ -25,7 +25,7 @@ from mmv1.batch.clip import DEFAULT_MODEL as DEFAULT_CLIP_MODEL
 from mmv1.batch.clip import ClipScorer
 from mmv1.batch.output import Output, OutputArgs, Selection, Shard
 from mmv1.batch.progress import Progress
-from mmv1.batch.runner import Summary, on_signals
+from mmv1.batch.runner import Summary, in_daemon_thread, on_signals
 from mmv1.batch.runner import run as run_jobs
 from mmv1.batch.sinks import Recorder, SidecarSink
 from mmv1.batch.sources import Columns, Sample, count, samples
@@ -72,16 +72,20 @@ class CaptionJob:
             found = samples(namespace.source, self._columns, self._limits)
             selection = Selection(found, output.sink, self._shard, namespace.limit)
             todo = iter(selection)
-            first = await asyncio.to_thread(next, todo, None)
+            first = await in_daemon_thread(lambda: next(todo, None))
             if first is not None:
                 backend, captioner = await self._start(stack, backend, output)
                 summary = await self._caption(chain([first], todo), backend, captioner, output, selection)
                 if summary.was_interrupted:
                     return _INTERRUPTED
-            elif not selection.num_seen:
+            elif not selection.num_found:
                 raise ConfigError(f"there are no pictures in {' '.join(namespace.source)}")
             else:
-                _say(f"Nothing to do: all {selection.num_done} pictures have their captions")
+                _say(f"Nothing to do: all {selection.num_done} pictures have their captions" if selection.num_done else
+                     "Nothing to do: no picture is in this share")  # fmt: skip
+                _say_left_alone(output)
+            if namespace.limit is None:
+                output.end_overwriting()
             return _SOME_FAILED if output.errors.count else 0
 
     async def _start(
@@ -133,7 +137,7 @@ class CaptionJob:
         finally:  # also when the engine dies
             showing.cancel()
             progress.set_skipped(selection.num_done)
-            progress.close()
+            progress.close(was_finished=was_finished)
             self._report(num_captioned, time.monotonic() - start, captioner, output, selection)
             if not was_finished:
                 _say(f"The rest, with the same command{' less --overwrite' * self._namespace.overwrite}: "
@@ -141,7 +145,7 @@ class CaptionJob:
         return summary
 
     async def _show(self, progress: Progress, backend: Backend, selection: Selection) -> None:
-        counting = asyncio.create_task(asyncio.to_thread(count, self._namespace.source, self._columns))
+        counting = asyncio.create_task(in_daemon_thread(lambda: count(self._namespace.source, self._columns)))
         while True:
             progress.set_skipped(selection.num_done)
             if counting.done() and (total := counting.result()) is not None:
@@ -161,9 +165,7 @@ class CaptionJob:
         _say("; ".join(parts))
         if captioner.num_cut:
             _say(f"{captioner.num_cut} captions were cut at --max-tokens {self._question.max_tokens}")
-        if isinstance(output.sink, SidecarSink) and output.sink.num_left_alone:
-            _say(f"{output.sink.num_left_alone} pictures have a text file that this command did not write, which was left alone; "
-                 "--overwrite replaces them")  # fmt: skip
+        _say_left_alone(output)
 
     def _args_for_server(self) -> EngineArgs:
         """Less the flags that mean something without an engine here; any other is for `open_backend` to refuse."""
@@ -192,6 +194,12 @@ class CaptionJob:
             "clip_model": (namespace.clip_model or DEFAULT_CLIP_MODEL) if is_scored else None,
             "min_clip_score": namespace.min_clip_score,
         }
+
+
+def _say_left_alone(output: Output) -> None:
+    if isinstance(output.sink, SidecarSink) and output.sink.num_left_alone:
+        _say(f"{output.sink.num_left_alone} pictures have a text file that this command did not write, which was left alone; "
+             "--overwrite replaces them")  # fmt: skip
 
 
 def _say(text: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import msgspec
+from blake3 import blake3
 
 from mmv1.batch.journal import Journal
 from mmv1.errors import ConfigError
@@ -115,13 +116,20 @@ class Errors:
     """Pictures that have no caption and why, one JSON object a line; of this run only, for the next one tries them again."""
 
     def __init__(self, path: Path) -> None:
+        """Raises ConfigError for somebody else's file, OSError."""
         self.path = path
         self.count = 0
+        if path.is_file() and not (b'{"key":').startswith(path.read_bytes()[:7]):
+            raise ConfigError(f"{path} was not written by this command: give it another name, or give another --output")
         self._file = path.open("wb", buffering=0)
 
     def write(self, key: str, code: str, message: str) -> None:
+        """Raises ConfigError when it cannot be written."""
         self.count += 1
-        self._file.write(msgspec.json.encode({"key": key, "code": code, "message": message}) + b"\n")
+        try:
+            self._file.write(msgspec.json.encode({"key": key, "code": code, "message": message}) + b"\n")
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be written ({error.strerror}): run again to go on") from error
 
     def close(self) -> None:
         """Without an error there is no file."""
@@ -178,7 +186,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.unfinished")
+    """However long the name is."""
+    return path.with_name(f".{blake3(os.fsencode(path.name)).hexdigest(8)}.unfinished")
 
 
 def flush_to_disk(file: IO[bytes]) -> None:

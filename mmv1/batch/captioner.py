@@ -194,26 +194,23 @@ class Captioner:
         for number in range(self._question.num_tries):
             seed = (self._seed + int(digest[:15], 16) + number * _SEEDS_A_TRY) % _MAX_SEED
             choices = await self._chat(picture, seed, is_retry=number > 0)
-            texts = [choice["message"]["content"].strip() for choice in choices]
-            cut = [choice["finish_reason"] == "length" for choice in choices]
             if self._validator is None:
-                return list(zip(texts, cut, strict=True))
-            value, fault = read_json(texts[0], self._validator)
+                return list(choices)
+            value, fault = read_json(choices[0][0], self._validator)
             if not fault:
                 return [(value, False)]
         raise RequestError(f"no answer follows the schema, in {self._question.num_tries} tries: {fault}", code="schema_mismatch")
 
-    async def _chat(self, picture: bytes, seed: int, *, is_retry: bool) -> list[dict[str, Any]]:
-        """The choices. Raises RequestError."""
+    async def _chat(self, picture: bytes, seed: int, *, is_retry: bool) -> list[tuple[str, bool]]:
+        """The choices' texts, and whether each was cut at max_tokens. Raises RequestError."""
         while True:
             uses = self._use_response_format
             answer = await self._backend.chat(
                 self._question.body(self._backend.model_name, picture, seed, is_retry=is_retry, use_response_format=uses)
             )
             if answer.status_code == 200:
-                choices: list[dict[str, Any]] = answer.body["choices"]
-                return choices
-            if not (uses and answer.body["error"].get("param") == "response_format"):
+                return _choices_in(answer)
+            if not (uses and _error_in(answer).get("param") == "response_format"):
                 raise _refusal(answer)
             if self._use_response_format:
                 logger.warning("This server takes no response_format: the schema goes into the prompt, and answers are checked")
@@ -224,10 +221,28 @@ def _digest(picture: bytes) -> str:
     return blake3(picture).hexdigest(16)
 
 
+def _choices_in(answer: Answer) -> list[tuple[str, bool]]:
+    """At least one. Raises RequestError where a server gave something else."""
+    try:
+        choices = [(each["message"]["content"].strip(), each.get("finish_reason") == "length") for each in answer.body["choices"]]
+    except (LookupError, TypeError, AttributeError):
+        choices = []
+    if not choices:
+        raise RequestError("the answer has no text", code="no_caption")
+    return choices
+
+
+def _error_in(answer: Answer) -> dict[str, Any]:
+    """OpenAI's error object; older servers of vLLM, and others, have its fields without it, or a text only."""
+    error = answer.body.get("error") or answer.body
+    return error if isinstance(error, dict) else {"message": error}
+
+
 def _refusal(answer: Answer) -> RequestError | ConfigError:
     """Whether it is this picture that is at fault, or any picture would be."""
-    error = answer.body.get("error") or {}
-    message, param = str(error.get("message") or f"status {answer.status_code}"), str(error.get("param") or "")
+    error = _error_in(answer)
+    message = str(error.get("message") or error.get("detail") or f"status {answer.status_code}")
+    param = str(error.get("param") or "")
     about_request = answer.status_code == 400 and param and not param.startswith("messages")
     if about_request or answer.status_code in _NOT_THE_PICTURE:
         return ConfigError(f"no picture can be asked about like this: {message}")
@@ -248,12 +263,19 @@ def schema_validator(schema: dict[str, Any]) -> Any:
 
 
 def read_json(text: str, validator: Any) -> tuple[Any, str]:
-    """The JSON in an answer, also inside a Markdown fence; and what is wrong with it, or ""."""
+    """The JSON in an answer, also inside a Markdown fence; and what is wrong with it, or "". Raises ConfigError for a schema that
+    cannot be followed to its end."""
+    from referencing.exceptions import Unresolvable
+
     if fenced := _FENCED.match(text):
         text = fenced[1]
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # NaN and halves of characters are read, but are no JSON
     except (ValueError, RecursionError):
         return None, f"no JSON: {text[:100]}"
-    error = next(validator.iter_errors(value), None)
+    try:
+        error = next(validator.iter_errors(value), None)
+    except (Unresolvable, RecursionError) as fault:
+        raise ConfigError(f"--schema refers to what is not there: {fault}") from fault
     return value, "" if error is None else f"{error.json_path}: {error.message[:200]}"

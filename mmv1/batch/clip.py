@@ -205,7 +205,8 @@ def _score_batch(model: _Model, batch: Sequence[tuple[ScoreJob, bytes]], answers
 
 def _end_with_parent(runtime_dir: str) -> None:
     """Standard input ends when the parent does, however that happened."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # not sys.stdin.read: its lock, held by a daemon thread, is fatal when Python ends
+        pass
     shutil.rmtree(runtime_dir, ignore_errors=True)
     os._exit(0)
 

@@ -149,6 +149,8 @@ def _lock(fd: int, path: Path) -> None:
         raise ConfigError(f"{path} is being written by another run: wait for it, or give another output") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be locked ({error.strerror}): give an output on another file system") from error
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(fd)):  # renamed since it was opened, and the name is free
+        raise ConfigError(f"{path} was just renamed by another run: wait for it, or give another output")
 
 
 def _fsync_folder(folder: Path) -> None:

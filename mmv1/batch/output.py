@@ -67,9 +67,14 @@ class Output:
         self._args = args
         try:
             self.files = _files(args)
-            self.log = self._open_log(work)
-            self.sink = self._make_sink()
-            self.errors = Errors(self.files.errors)
+            self.log = CaptionLog(self.files.log)
+            try:
+                self._go_on_or_begin(work)
+                self.sink = self._make_sink()
+                self.errors = Errors(self.files.errors)
+            except BaseException:
+                self.log.close()
+                raise
         except OSError as error:
             raise ConfigError(f"{error.filename} cannot be written ({error.strerror})") from error
 
@@ -83,29 +88,38 @@ class Output:
             self.errors.close()
             self.log.close()
 
-    def _open_log(self, work: dict[str, Any]) -> CaptionLog:
-        """The log to go on with. It is locked before anything is looked at or renamed."""
-        args, files = self._args, self.files
-        log = CaptionLog(files.log)
-        old = read_settings(files.settings)
-        if old is None and not log.keys:
-            reason = "--overwrite" if args.overwrite else ""
-        elif args.overwrite:
+    def _go_on_or_begin(self, work: dict[str, Any]) -> None:
+        """With the log that there is, or another. It is locked before anything is looked at or renamed."""
+        args, files, log = self._args, self.files, self.log
+        old = None if args.overwrite else read_settings(files.settings)
+        if args.overwrite:
             reason = "--overwrite"
+        elif old is None:
+            reason = "its settings are gone" if log.keys else ""
         else:
-            reason = "its settings are gone" if old is None else "; ".join(changes(old.work, work))
+            reason = "; ".join(changes(old.work, work))
         if reason:
             if log.keys:
                 logger.warning("Every picture is captioned anew (%s); %d captions are set aside as %s.previous-*",
                                reason, len(log.keys), files.log)  # fmt: skip
-            set_aside([*self._made_of_log(), files.log])
-            log.close()
-            log = CaptionLog(files.log)
+            set_aside([*self._made_of_log(), *([files.log] if log.keys else [])])
+            if log.keys:
+                self.log = CaptionLog(files.log)
+                log.close()
         elif log.keys:
             logger.info("Going on: %d captions are there", len(log.keys))
         self._replaces_all = args.overwrite or (old is not None and not reason and old.replaces_all)
+        self._work = work
         write_settings(files.settings, Settings(work, self._replaces_all))
-        return log
+
+    def end_overwriting(self) -> None:
+        """All is done that --overwrite was said for: text files that come to be later are left alone. Raises ConfigError."""
+        if not self._replaces_all:
+            return
+        try:
+            write_settings(self.files.settings, Settings(self._work))
+        except OSError as error:
+            raise ConfigError(f"{self.files.settings} cannot be written ({error.strerror})") from error
 
     def _made_of_log(self) -> Iterator[Path]:
         """What must not outlive the log."""
@@ -164,27 +178,43 @@ class Selection:
         self._sink = sink
         self._shard = shard
         self._limit = limit
-        self._keys_by_place: dict[bytes, bytes] = {}  # digests, of 8 bytes: names would take ten times the memory
-        self.num_seen = self.num_done = 0
+        self._sources_by_place: dict[bytes, bytes] = {}  # digests, of 8 bytes: names would take ten times the memory
+        self.num_found = self.num_done = 0  # of all shards; of this one
 
     def __iter__(self) -> Iterator[Sample]:
-        mine = (sample for sample in self._samples if shard_of(sample.key, self._shard.count) == self._shard.index)
-        for sample in islice(self._unrepeated(mine), self._limit):
-            self.num_seen += 1
+        for sample in islice(self._unrepeated(self._mine()), self._limit):
             if self._sink.is_done(sample):
                 self.num_done += 1
             else:
                 yield sample
 
-    def _unrepeated(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """A sample that is listed twice comes once; of two samples whose captions would be one file the second is a fault."""
-        for sample in samples:
-            place, key = _short_digest(self._sink.place_of(sample)), _short_digest(sample.key)
-            if (first := self._keys_by_place.setdefault(place, key)) is key:  # the object itself: nobody was there
+    def _mine(self) -> Iterator[Sample]:
+        for sample in self._samples:
+            self.num_found += 1
+            if shard_of(sample.key, self._shard.count) == self._shard.index:
                 yield sample
-            elif first != key:
-                yield Sample(sample.key, ImageError("its caption would be in the same file as another picture's: give --output"))
+
+    def _unrepeated(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """A sample that is listed twice comes once; of two samples whose captions would be in one place the second is a fault."""
+        for sample in samples:
+            place = self._sink.place_of(sample)
+            source = _short_digest(sample.key.encode() + b"\0" + _source_of(sample))
+            if (first := self._sources_by_place.setdefault(_short_digest(place.encode("utf-8", "replace")), source)) is source:
+                yield sample  # the object itself: nobody was there
+            elif first != source:
+                fault = "another picture has the same key: name another column with --key-column"
+                if place != sample.key:
+                    fault = "its caption would be in the same file as another picture's: give --output"
+                yield Sample(sample.key, ImageError(fault))
 
 
-def _short_digest(text: str) -> bytes:
-    return blake3(text.encode("utf-8", "replace")).digest(8)
+def _source_of(sample: Sample) -> bytes:
+    """What tells apart two samples of one key."""
+    picture = sample.picture
+    if isinstance(picture, bytes):
+        return picture
+    return os.fsencode(os.path.normpath(picture)) if isinstance(picture, Path) else str(picture).encode("utf-8", "replace")
+
+
+def _short_digest(data: bytes) -> bytes:
+    return blake3(data).digest(8)

@@ -78,6 +78,7 @@ class Progress:
         parts += [f"{self._num_failed} failed"] if self._num_failed else []
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
-    def close(self) -> None:
-        self._bar.total = self._bar.n  # of a shard it was an estimate
+    def close(self, *, was_finished: bool) -> None:
+        if was_finished:
+            self._bar.total = self._bar.n  # of a shard it was an estimate
         self._bar.close()

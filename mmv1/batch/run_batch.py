@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import hashlib
 import shlex
@@ -87,7 +88,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
-                if text := text.strip():
+                if text := text.removeprefix(codecs.BOM_UTF8).strip():  # which some editors begin a file with
                     yield _read_line(text, number, line_of)
     except OSError as error:
         raise ConfigError(f"--input-file {path} cannot be read ({error.strerror})") from error

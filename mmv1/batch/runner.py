@@ -7,7 +7,10 @@ already, and `on_result` keeps each new one (journal.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+import sys
+import threading
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Container, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ class Job(Protocol):
 
 J = TypeVar("J", bound=Job)
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -47,9 +51,9 @@ async def run(
     A job is pulled when there is room for it and no sooner; one at a time, an iterable's in a thread, so pulling should be cheap
     beside `work`. `on_result` is called on the event loop, once a job, as soon as its result is there.
 
-    SIGINT or SIGTERM: no further job is pulled, those begun are finished; the second time they are cancelled, and this task with
-    them (CancelledError). The first exception out of `jobs`, `work` or `on_result` cancels the rest and is raised; what on_result
-    was given before stays given. A failure that is a job's own fault should therefore be a result.
+    SIGINT or SIGTERM: no further job is pulled, those begun are finished, and stderr is told so; the second time they are
+    cancelled, and this task with them (CancelledError). The first exception out of `jobs`, `work` or `on_result` cancels the rest
+    and is raised; what on_result was given before stays given. A failure that is a job's own fault should therefore be a result.
     """
     summary = Summary()
     turn = asyncio.Lock()
@@ -74,6 +78,8 @@ async def run(
         nonlocal stopping
         if stopping:
             caller.cancel()
+        else:  # on a line of its own, below a progress bar's
+            print("\nFinishing what is under way; a second Ctrl-C ends at once", file=sys.stderr, flush=True)
         stopping = True
         for task in pulling:
             task.cancel()
@@ -103,6 +109,32 @@ def _current_task() -> asyncio.Task[None]:
     return task
 
 
+async def in_daemon_thread(function: Callable[[], T]) -> T:
+    """As asyncio.to_thread; but a command that was interrupted ends without the thread, which may wait for a pipe forever."""
+    loop = asyncio.get_running_loop()
+    returned: asyncio.Future[T] = loop.create_future()
+
+    def give(value: T | None, error: BaseException | None) -> None:
+        if returned.cancelled():
+            return
+        if error is not None:
+            returned.set_exception(error)
+        else:
+            returned.set_result(value)  # type: ignore[arg-type]
+
+    def call() -> None:
+        value, error = None, None
+        try:
+            value = function()
+        except BaseException as raised:  # whatever it is, it is raised where it is awaited
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(give, value, error)
+
+    threading.Thread(target=call, name="mmv1-source", daemon=True).start()
+    return await returned
+
+
 async def _not_done(jobs: AsyncIterable[J] | Iterable[J], done: Container[str], summary: Summary) -> AsyncGenerator[J, None]:
     if isinstance(jobs, AsyncIterable):
         async for job in jobs:
@@ -120,5 +152,5 @@ async def _not_done(jobs: AsyncIterable[J] | Iterable[J], done: Container[str], 
             summary.num_skipped += 1
         return None
 
-    while (following := await asyncio.to_thread(next_not_done)) is not None:
+    while (following := await in_daemon_thread(next_not_done)) is not None:
         yield following

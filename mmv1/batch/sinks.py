@@ -7,6 +7,7 @@ got to is made again from the log, without the model. Files appear whole, by ren
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from mmv1.batch.caption_log import CaptionLog, Row, flush_to_disk, unfinished_name, write_whole
-from mmv1.batch.sources import Sample
+from mmv1.batch.sources import PICTURE_SUFFIXES, Sample
 from mmv1.errors import ConfigError, ImageError
 from mmv1.preprocess.header import probe_header
 
@@ -135,7 +136,7 @@ class SidecarSink:
         return sample.picture.with_suffix(self._extension)
 
     def is_done(self, sample: Sample) -> bool:
-        if isinstance(sample.picture, ImageError) or not self._path_of(sample).exists():
+        if isinstance(sample.picture, ImageError) or not os.path.exists(self._path_of(sample)):
             return False
         if sample.key in self._log.keys:
             return True
@@ -244,10 +245,13 @@ class ShardSink:
         if self._tar is None:
             self._tar = tarfile.TarFile(unfinished_name(self._path), "w", format=tarfile.PAX_FORMAT)
         name = f"{self._prefix}{self._number:05d}{len(self._rows):05d}"
-        image_format = probe_header(picture, ("BMP", "TIFF")).format
-        self._add(f"{name}.{_EXTENSIONS.get(image_format, image_format.lower())}", picture)
-        self._add(f"{name}.txt", caption_text(row).encode())
-        self._add(f"{name}.json", _json.encode(row))
+        try:
+            self._add(f"{name}.{_extension_of(sample, picture)}", picture)
+            self._add(f"{name}.txt", caption_text(row).encode())
+            self._add(f"{name}.json", _json.encode(row))
+        except BaseException:
+            self._forsake()
+            raise
         self._rows.append(row)
         self._keys.add(sample.key)
         if len(self._rows) == self._samples_a_shard:
@@ -264,6 +268,13 @@ class ShardSink:
         os.replace(unfinished, self._path)
         self._tar, self._rows, self._number = None, [], self._number + 1
 
+    def _forsake(self) -> None:
+        """A member may be torn, so the shard must never be seen under its name. The log has its rows for the next run."""
+        assert self._tar is not None and self._tar.fileobj is not None
+        with contextlib.suppress(OSError):
+            self._tar.fileobj.close()
+        self._tar, self._rows = None, []
+
     @property
     def _path(self) -> Path:
         return self._folder / f"{self._prefix}{self._number:05d}.tar"
@@ -273,6 +284,16 @@ class ShardSink:
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self._tar.addfile(member, io.BytesIO(data))
+
+
+def _extension_of(sample: Sample, picture: bytes) -> str:
+    """Of the picture's format; of its name where only the server knows the format."""
+    try:
+        image_format = probe_header(picture, ("BMP", "TIFF")).format
+    except ImageError:
+        suffix = Path(sample.key).suffix.lower()
+        return suffix[1:] if suffix in PICTURE_SUFFIXES else "img"
+    return _EXTENSIONS.get(image_format, image_format.lower())
 
 
 def shard_paths(folder: Path, prefix: str) -> Iterator[Path]:

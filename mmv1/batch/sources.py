@@ -53,17 +53,22 @@ class Columns(NamedTuple):
 
 
 def shard_of(key: str, num_shards: int) -> int:
-    """The shard that a sample falls in, 0 to num_shards - 1, whatever else is there."""
-    return int.from_bytes(blake3(key.encode("utf-8", "replace")).digest(8), "big") % num_shards
+    """The shard that a sample falls in, 0 to num_shards - 1, whatever else is there. cat.jpg and cat.png fall in the same one,
+    for their captions may be one file."""
+    return int.from_bytes(blake3(os.path.splitext(key)[0].encode()).digest(8), "big") % num_shards
 
 
 def samples(sources: Sequence[str], columns: Columns, limits: ImageLimits) -> Iterator[Sample]:
-    """All samples of all sources, one after the other, in an order that stays the same. Raises ConfigError when a source does not
-    exist or cannot be what it is named as."""
-    for source in sources:
-        _check_exists(source)
-    for source in sources:
-        yield from _samples_of(source, columns, limits, prefix="" if len(sources) == 1 else os.path.normpath(source))
+    """All samples of all sources, one after the other, in an order that stays the same. Of several files and folders each one's
+    samples have its path in their keys; of one they have not, so that it may lie anywhere. Raises ConfigError when a source does
+    not exist or cannot be what it is named as."""
+    try:
+        for source in sources:
+            _check_exists(source)
+        for source in sources:
+            yield from _samples_of(source, columns, limits, prefix="" if len(sources) == 1 else os.path.normpath(source))
+    except OSError as error:
+        raise ConfigError(f"'{error.filename}' cannot be read ({error.strerror})") from error
 
 
 def _check_exists(source: str) -> None:
@@ -111,7 +116,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _samples_of(source: str, columns: Columns, limits: ImageLimits, *, prefix: str) -> Iterator[Sample]:
     if source == "-":
-        yield from _file_list(sys.stdin, Path())
+        with open(sys.stdin.fileno(), encoding="utf-8-sig", errors="surrogateescape", closefd=False) as lines:
+            yield from _file_list(lines, Path(), "")
     elif source.startswith(_URL_SCHEMES):
         yield Sample(source, source)
     elif Path(source).exists():
@@ -124,20 +130,20 @@ def _samples_of(source: str, columns: Columns, limits: ImageLimits, *, prefix: s
 
 
 def _existing(path: Path, columns: Columns, limits: ImageLimits, prefix: str) -> Iterator[Sample]:
-    name = path.name.lower()
+    name, folder = path.name.lower(), os.path.dirname(prefix)
     if path.is_dir():
         yield from _folder(path, prefix)
     elif path.suffix.lower() in PICTURE_SUFFIXES:
         yield Sample(_key_of(path), path)
     elif name.endswith(_SHARD_SUFFIXES):
-        yield from _shard(path, columns, limits)
+        yield from _shard(path, columns, limits, folder)
     elif name.endswith(_JSONL_SUFFIXES):
-        yield from _jsonl(path, columns)
+        yield from _jsonl(path, columns, folder)
     elif name.endswith(".parquet"):
-        yield from _parquet(path, columns)
+        yield from _parquet(path, columns, folder)
     elif name.endswith(_LIST_SUFFIXES):
-        with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-            yield from _file_list(lines, path.parent)
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+            yield from _file_list(lines, path.parent, folder)
     else:
         kinds = "a folder, a picture, .txt (a list of files), .jsonl, .parquet or .tar"
         raise ConfigError(f"'{path}' is none of what pictures are read from: {kinds}")
@@ -157,73 +163,95 @@ def _glob(pattern: str, columns: Columns, limits: ImageLimits) -> Iterator[Sampl
 
 def _folder(folder: Path, prefix: str) -> Iterator[Sample]:
     """Pictures below a folder; keys are paths relative to it. Hidden files and folders are passed over, links to folders not
-    followed."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise ConfigError(f"the folder '{folder}' cannot be read ({error.strerror})") from error
-    for entry in entries:
-        key = f"{prefix}/{entry.name}" if prefix else entry.name
+    followed. Raises OSError when the folder itself cannot be read."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        key = os.path.join(prefix, entry.name)
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _folder(Path(entry.path), key)
+            try:
+                yield from _folder(Path(entry.path), key)
+            except OSError as error:
+                yield Sample(_key_of(key), ImageError(f"the folder cannot be read ({error.strerror})"))
         elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
             yield Sample(_key_of(key), Path(entry.path))
 
 
-def _file_list(lines: TextIO, folder: Path) -> Iterator[Sample]:
+def _file_list(lines: TextIO, folder: Path, prefix: str) -> Iterator[Sample]:
     """A path or URL a line; paths are relative to where the list lies."""
     for line in lines:
         if name := line.rstrip("\r\n"):
-            yield Sample(*_named(name, folder))
+            yield _named(name, folder, prefix)
 
 
-def _named(name: str, folder: Path) -> tuple[str, Picture]:
-    """Key and picture for a path or a URL."""
-    if not name.startswith(_URL_SCHEMES):
-        return _key_of(name), folder / name
+def _named(name: str, folder: Path, prefix: str) -> Sample:
+    """The picture that a path, relative to `folder`, or a URL names. `prefix`: the folder in keys."""
     if name.startswith("data:"):
-        return f"data:{blake3(name.encode()).hexdigest(16)}", name
-    return name, name
+        return Sample(f"data:{blake3(name.encode('utf-8', 'replace')).hexdigest(16)}", name)
+    if name.startswith(_URL_SCHEMES):
+        return Sample(_printable(name), name)
+    key = _key_of(os.path.join(prefix, name))
+    path = folder / name
+    try:
+        if path.name and b"\0" not in os.fsencode(path):
+            return Sample(key, path)
+    except UnicodeEncodeError:
+        pass
+    return Sample(key, ImageError("this can be no file's name"))
 
 
 def _key_of(path: str | Path) -> str:
-    """Bytes of a file's name that are no UTF-8 become backslashes and digits."""
-    return os.path.normpath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return _printable(os.path.normpath(path))
+
+
+def _printable(text: str) -> str:
+    """Bytes of a file's name that are no UTF-8, and halves of characters in JSON, become backslashes and digits."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 # ---- rows ----
 
 
-def _jsonl(path: Path, columns: Columns) -> Iterator[Sample]:
+def _jsonl(path: Path, columns: Columns, prefix: str) -> Iterator[Sample]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            row_name = f"{path.name}:{number}"
+            row_name = _key_of(os.path.join(prefix, f"{path.name}:{number}"))
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):
-                yield _row_sample(row, row_name, path, columns)
+                yield _row_sample(row, row_name, path.parent, columns, prefix)
             else:
                 yield Sample(row_name, ImageError(f"line {number} is not a JSON object"))
 
 
-def _parquet(path: Path, columns: Columns) -> Iterator[Sample]:
-    table = _pyarrow_parquet().ParquetFile(path)
-    wanted = [columns.image or "image", *([columns.key] if columns.key is not None else [])]
-    if missing := [name for name in wanted if name not in table.schema_arrow.names]:
-        flag = "--image-column" if missing[0] == wanted[0] else "--key-column"
-        known = ", ".join(table.schema_arrow.names)
-        raise ConfigError(f"'{path}' has no column '{missing[0]}': name one of {known} with {flag}")
-    number = 0
-    for batch in table.iter_batches(batch_size=_MAX_PARQUET_ROWS, columns=wanted):
-        for row in batch.to_pylist():
-            number += 1
-            yield _row_sample(row, f"{path.name}:{number}", path, columns)
+def _parquet(path: Path, columns: Columns, prefix: str) -> Iterator[Sample]:
+    number, parquet = 0, _pyarrow_parquet()
+    try:
+        table = parquet.ParquetFile(path)
+        _check_columns(table.schema_arrow.names, path, columns)
+        wanted = [columns.image or "image", *([columns.key] if columns.key is not None else [])]
+        for batch in table.iter_batches(batch_size=_MAX_PARQUET_ROWS, columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                row_name = _key_of(os.path.join(prefix, f"{path.name}:{number}"))
+                yield _row_sample(row, row_name, path.parent, columns, prefix)
+    except (OSError, ValueError) as error:  # ArrowInvalid is one
+        fault = f"the file cannot be read after {number} rows ({type(error).__name__}: {' '.join(str(error).split())})"
+        yield Sample(_key_of(os.path.join(prefix, path.name)), ImageError(fault))
+
+
+def _check_columns(known: Sequence[str], path: Path, columns: Columns) -> None:
+    """Raises ConfigError."""
+    for name, flag in ((columns.image or "image", "--image-column"), (columns.key, "--key-column")):
+        if name is not None and name not in known:
+            raise ConfigError(f"'{path}' has no column '{name}': name one of {', '.join(known)} with {flag}")
 
 
 def _pyarrow_parquet() -> Any:
@@ -234,7 +262,7 @@ def _pyarrow_parquet() -> Any:
     return pyarrow.parquet
 
 
-def _row_sample(row: dict[str, Any], row_name: str, path: Path, columns: Columns) -> Sample:
+def _row_sample(row: dict[str, Any], row_name: str, folder: Path, columns: Columns, prefix: str) -> Sample:
     name = columns.image or "image"
     value = row.get(name)
     if isinstance(value, dict):  # as the datasets library stores pictures: the bytes, or where they are
@@ -244,22 +272,22 @@ def _row_sample(row: dict[str, Any], row_name: str, path: Path, columns: Columns
     if isinstance(value, bytes):
         picture = value
     elif isinstance(value, str) and value:
-        key, picture = _named(value, path.parent)
+        key, picture = _named(value, folder, prefix)
     else:
         picture = ImageError(f"the row has no picture in '{name}': name the column with --image-column")
     if columns.key is not None:
         key = row.get(columns.key)
         if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
             return Sample(row_name, ImageError(f"the row has no text or number in '{columns.key}' (--key-column)"))
-    return Sample(str(key), picture)
+    return Sample(_printable(str(key)), picture)
 
 
 # ---- webdataset ----
 
 
-def _shard(path: Path, columns: Columns, limits: ImageLimits) -> Iterator[Sample]:
+def _shard(path: Path, columns: Columns, limits: ImageLimits, prefix: str) -> Iterator[Sample]:
     """A tar file in which neighbours of one name, up to its first dot, are one sample. Read from beginning to end, once."""
-    shard = path.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
+    shard = os.path.join(prefix, path.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz"))
     name, picture, num_samples = None, None, 0
     try:
         with tarfile.open(path, "r|*") as archive:
@@ -268,18 +296,18 @@ def _shard(path: Path, columns: Columns, limits: ImageLimits) -> Iterator[Sample
                 if not member.isfile() or not extension or member_name.rpartition("/")[2].startswith("__"):
                     continue
                 if name is not None and member_name != name:
-                    yield Sample(f"{shard}/{name}", picture or _NO_PICTURE)
+                    yield Sample(_key_of(f"{shard}/{name}"), picture or _NO_PICTURE)
                     picture, num_samples = None, num_samples + 1
                 name = member_name
                 if picture is None and _is_wanted(extension, columns.image):
                     picture = _member_bytes(archive, member, limits)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         # What was being read when it broke is lost with the rest.
-        reason = f"{type(error).__name__}: {error}"
-        yield Sample(path.name, ImageError(f"the shard cannot be read after {num_samples} samples ({reason})"))
+        fault = f"the shard cannot be read after {num_samples} samples ({type(error).__name__}: {error})"
+        yield Sample(_key_of(os.path.join(prefix, path.name)), ImageError(fault))
         return
     if name is not None:
-        yield Sample(f"{shard}/{name}", picture or _NO_PICTURE)
+        yield Sample(_key_of(f"{shard}/{name}"), picture or _NO_PICTURE)
 
 
 _NO_PICTURE = ImageError("the sample has no picture")

@@ -121,6 +121,7 @@ def apply_config_file(parser: Parser, argv: Sequence[str]) -> None:
     if path is None:
         return
     flags = {name: action for name, action in parser.flags().items() if name != "config"}
+    said: dict[argparse.Action, str] = {}
     for key, value in _read_yaml(path).items():
         name = str(key).replace("_", "-")
         action = flags.get(name)
@@ -128,6 +129,21 @@ def apply_config_file(parser: Parser, argv: Sequence[str]) -> None:
             raise ConfigError(f"{path}: '{key}' is no setting of {parser.prog}{nearest(name, flags)}")
         if value is not None:  # null: as if it were not there
             action.default, action.required = _value_of(action, value, f"{path}: {key}"), False
+            said[action] = name
+    for group in parser._mutually_exclusive_groups:
+        _let_one_be_said([action for action in group._group_actions if action in said], group, said, path, argv)
+
+
+def _let_one_be_said(
+    in_file: list[argparse.Action], group: Any, names: dict[argparse.Action, str], path: str, argv: Sequence[str]
+) -> None:
+    """Of flags that exclude each other the command line's goes before the file's. Raises ConfigError for two in the file."""
+    if len(in_file) > 1:
+        raise ConfigError(f"{path}: {' and '.join(names[action] for action in in_file)} cannot be given together")
+    spellings = {spelling for action in group._group_actions for spelling in action.option_strings}
+    if any(word.partition("=")[0] in spellings for word in argv):
+        for action in in_file:
+            action.default = None
 
 
 def _read_yaml(path: str) -> dict[Any, Any]:

@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words",
         nargs="+",
-        metavar="WORD",
-        help="first MODEL, if that is a model directory or a hub id (owner/name); then the question, - to read it from stdin; "
-        "then pictures: files or URLs",
+        metavar="QUESTION",
+        help="- to read it from stdin; before it MODEL, if that is a model directory or a hub id (owner/name), and after it "
+        "pictures: files or URLs",
     )
     answer = parser.add_argument_group("Answer")
     answer.add_argument("--system", metavar="TEXT", help="system message")
@@ -73,7 +73,7 @@ def _question_of(words: list[str], model: str) -> Question:
 
 
 def _is_model(word: str) -> bool:
-    return (Path(word) / "config.json").is_file() or (_HUB_ID.fullmatch(word) is not None and not Path(word).exists())
+    return os.path.isfile(Path(word) / "config.json") or (_HUB_ID.fullmatch(word) is not None and not os.path.exists(word))
 
 
 def _picture(word: str) -> ImageSource:
@@ -81,7 +81,7 @@ def _picture(word: str) -> ImageSource:
     if word.lower().startswith(_URL_SCHEMES):
         return word
     path = Path(word).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's it says no to what is too long for a name
         raise ConfigError(f"there is no picture file {word!r} (a question of several words needs quotes)")
     return path
 

@@ -187,6 +187,7 @@ GOOD = httpx.Response(200, json={"id": "1"}, headers={"x-request-id": "abc"})
     "fault",
     [
         httpx.ConnectError("refused"), httpx.ReadError("reset"), httpx.RemoteProtocolError("closed"), httpx.ReadTimeout("late"),
+        httpx.DecodingError("no gzip"),
         httpx.Response(429), httpx.Response(500), httpx.Response(502, text="<html>"), httpx.Response(503), httpx.Response(504),
     ],
     ids=lambda fault: type(fault).__name__ if isinstance(fault, Exception) else str(fault.status_code),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import fcntl
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
+import termios
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import pytest
 from mmv1.batch.caption import DEFAULT_PROMPT
 from mmv1.errors import EngineDeadError
 from tests.batch.captioning import Captioning, caption_of, captioning, make_pictures, rows, sidecars
+from tests.integration.server import ROOT, wait_until
 
 __all__ = ["captioning"]  # a fixture
 
@@ -330,7 +335,7 @@ def test_settings_that_cannot_work(
 
 
 @pytest.mark.parametrize("flags", [
-    ["--shard", "2/2"], ["--shard", "x"], ["--limit", "0"],
+    ["--shard", "2/2"], ["--shard", "x"], ["--limit", "0"], ["--temperature", "nan"], ["--min-clip-score", "inf"],
     ["--prompt", "a", "--prompt-file", "b"],
 ])  # fmt: skip
 def test_flags_that_are_none(captioning: Captioning, flags: list[str]) -> None:
@@ -371,6 +376,92 @@ def test_only_so_many_pictures_are_under_way(captioning: Captioning) -> None:
 
 def test_pictures_from_standard_input(captioning: Captioning, monkeypatch: pytest.MonkeyPatch) -> None:
     make_pictures(Path("p"), 2)
-    monkeypatch.setattr("sys.stdin", io.StringIO("p/000.jpg\np/001.png\n"))
-    assert captioning("-") == 0
+    Path("list").write_text("p/000.jpg\np/001.png\n")
+    with Path("list").open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert captioning("-") == 0
     assert len(sidecars(Path("p"))) == 2 and len(rows(Path("captions.jsonl"))) == 2
+
+
+def test_interrupted_it_does_not_wait_for_a_standard_input_that_says_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-P", "-m", "mmv1", "caption", "-"], cwd=tmp_path, env=environment,
+                               stdin=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdin is not None and process.stderr is not None
+    process.stdin.write(b"half a li")
+    process.stdin.flush()
+    unread, pipe = array("i", [1]), process.stdin.fileno()
+    wait_until(lambda: fcntl.ioctl(pipe, termios.FIONREAD, unread) == 0 and unread[0] == 0, 60, "it reads its input")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert process.stderr.read() == b""
+
+
+def test_settings_that_are_damaged_are_no_obstacle_to_overwrite(
+    captioning: Captioning, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_pictures(Path("p"), 2)
+    assert captioning("p") == 0
+    Path("p/captions.settings.json").write_text("{")
+    assert captioning("p") == 2 and "start anew with --overwrite" in capsys.readouterr().err
+    assert captioning("p", "--overwrite") == 0 and sidecars(Path("p")) == stems(made)
+    assert set(captioning.backend.asked.values()) == {2}
+
+
+def test_a_log_without_captions_is_not_set_aside(captioning: Captioning) -> None:
+    make_pictures(Path("p"), 1)
+    captioning.backend.refuse = lambda body, picture: (404, {"message": "gone"})
+    assert captioning("p") == captioning("p", "--prompt", "Other?") == 2
+    assert not list(Path("p").glob("*previous*"))
+
+
+def test_rows_of_one_key_with_different_pictures_are_not_taken_for_one(captioning: Captioning) -> None:
+    make_pictures(Path("p"), 2)
+    lines = [{"image": "p/000.jpg", "id": 1}, {"image": "p/001.png", "id": 1}, {"image": "p/./000.jpg", "id": 1}]
+    Path("rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert captioning("rows.jsonl", "--key-column", "id", "--output", "a.jsonl") == 3
+    assert len(rows(Path("a.jsonl"))) == 1
+    (error,) = rows(Path("a.errors.jsonl"))
+    assert error["key"] == "1" and "another picture has the same key" in error["message"]
+
+
+def test_shards_of_one_name_in_two_folders_are_both_captioned(captioning: Captioning) -> None:
+    for index, folder in enumerate("ab"):
+        make_pictures(Path("p", folder), 2, start=2 * index)
+        assert captioning(f"p/{folder}", "--output", f"wds:{folder}") == 0
+    assert captioning("a/00000.tar", "b/00000.tar", "--output", "all.jsonl") == 0
+    assert len(rows(Path("all.jsonl"))) == 4
+
+
+def test_names_that_no_file_can_have_do_not_end_the_run(captioning: Captioning) -> None:
+    made = make_pictures(Path("p"), 1)
+    names = [".", "/", "x" * 300 + ".jpg", "a\0.jpg", "\ud800.jpg", "p/000.jpg"]
+    Path("rows.jsonl").write_text("".join(json.dumps({"image": name}) + "\n" for name in names))
+    for flags in ([], ["--output", "a.jsonl"], ["--output", "wds:out"]):
+        assert captioning("rows.jsonl", *flags) == 3
+    assert sidecars(Path("p")) == stems(made) and len(rows(Path("a.jsonl"))) == 1 and len(rows(Path("a.errors.jsonl"))) == 5
+
+
+def test_a_share_without_pictures_has_nothing_to_do(captioning: Captioning, capsys: pytest.CaptureFixture[str]) -> None:
+    make_pictures(Path("p"), 1)
+    assert [captioning("p", "--shard", f"{index}/4") for index in range(4)] == [0] * 4
+    assert capsys.readouterr().err.count("Nothing to do: no picture is in this share") == 3
+
+
+def test_an_overwrite_that_is_finished_overwrites_nothing_later(captioning: Captioning) -> None:
+    make_pictures(Path("p"), 2)
+    Path("p/bad.jpg").write_bytes(b"no picture")
+    assert captioning("p", "--overwrite") == 3
+    make_pictures(Path("p"), 2, start=3)
+    Path("p/003.txt").write_text("mine")
+    assert captioning("p") == 3
+    assert sidecars(Path("p"))["003"] == "mine"
+
+
+def test_text_files_left_alone_are_told_also_when_nothing_is_done(
+    captioning: Captioning, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pictures(Path("p"), 1)
+    Path("p/000.txt").write_text("mine")
+    assert captioning("p") == 0
+    assert "1 pictures have a text file that this command did not write" in capsys.readouterr().err

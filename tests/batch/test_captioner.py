@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mmv1.batch import caption_job
+from mmv1.batch.backend import Answer
 from mmv1.batch.captioner import read_json, schema_validator
 from mmv1.errors import ConfigError
 from tests.batch.captioning import Captioning, captioning, make_pictures, rows, sidecars
@@ -181,3 +182,54 @@ def test_whether_a_refusal_is_about_this_picture_or_any(
     assert len(captioning.backend.bodies) == (1 if ends else 3)
     if not ends:
         assert rows(Path("p/errors.jsonl"))[0]["code"] == error.get("code", f"status_{status}")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": "text"},
+        {"error": None},
+        {"detail": "text"},
+        {"object": "error", "message": "text", "param": None, "code": 400},
+    ],
+)
+def test_errors_of_servers_that_have_their_own_form(captioning: Captioning, monkeypatch: pytest.MonkeyPatch, body: Any) -> None:
+    make_pictures(Path("p"), 2)
+    use_schema()
+
+    async def chat(request: dict[str, Any]) -> Answer:
+        return Answer(400, body, "")
+
+    monkeypatch.setattr(captioning.backend, "chat", chat)
+    assert captioning("p", "--schema", "s.json", "--url", "http://somewhere") == 3
+    assert [row["message"] for row in rows(Path("p/errors.jsonl"))] == ["status 400" if body == {"error": None} else "text"] * 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": None}}]}, {"choices": 1}],
+)
+def test_an_answer_without_text_is_a_fault_of_its_picture(
+    captioning: Captioning, monkeypatch: pytest.MonkeyPatch, body: Any
+) -> None:
+    make_pictures(Path("p"), 2)
+
+    async def chat(request: dict[str, Any]) -> Answer:
+        return Answer(200, body, "")
+
+    monkeypatch.setattr(captioning.backend, "chat", chat)
+    assert captioning("p") == 3
+    assert {row["code"] for row in rows(Path("p/errors.jsonl"))} == {"no_caption"}
+
+
+@pytest.mark.parametrize("text", ['{"colour": "\\ud800"}', "NaN", '{"a": Infinity}'])
+def test_json_that_cannot_be_written_is_none(text: str) -> None:
+    assert read_json(text, schema_validator({}))[1].startswith("no JSON: ")
+
+
+@pytest.mark.parametrize("reference", ["#/$defs/gone", "http://127.0.0.1:9/x.json", "#"])
+def test_a_schema_that_leads_nowhere_is_a_fault_of_the_settings(captioning: Captioning, reference: str) -> None:
+    make_pictures(Path("p"), 2)
+    Path("s.json").write_text(json.dumps({"$ref": reference}))
+    captioning.backend.answer_texts = lambda body, picture: ["1"]
+    assert captioning("p", "--schema", "s.json") == 2

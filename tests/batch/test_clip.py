@@ -97,8 +97,17 @@ def test_scores_are_those_of_open_clip_and_a_process_that_ends_is_an_error(tiny_
 
 
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="knows no architecture 'no-such-clip'"):
-        inside(ClipScorer(f"no-such-clip:{tmp_path}/x.pt"), lambda: asyncio.sleep(0))
+    async def run() -> int:
+        scorer = ClipScorer(f"no-such-clip:{tmp_path}/x.pt")
+        await scorer.start()
+        try:
+            with pytest.raises(ConfigError, match="knows no architecture 'no-such-clip'"):
+                await scorer.wait_ready()
+            return await asyncio.wait_for(scorer._process.wait(), 60)
+        finally:
+            await scorer.close()
+
+    assert asyncio.run(run()) == 1  # and did not abort
     with pytest.raises(ConfigError, match="NAME:WEIGHTS"):
         ClipScorer("ViT-B-32")
 

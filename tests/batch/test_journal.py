@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import threading
@@ -183,3 +184,15 @@ def test_a_full_disk_is_told_and_what_is_there_is_kept(tmp_path: Path, monkeypat
     seen: list[dict[str, str]] = []
     journal(path, seen).close()  # the lock is gone with the one before, and so is the torn line
     assert seen == RECORDS[:1]
+
+
+def test_a_file_that_was_renamed_before_it_was_locked_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "a.jsonl", fcntl.flock
+
+    def rename_first(fd: int, how: int) -> None:
+        path.rename(tmp_path / "a.jsonl.previous-1")
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", rename_first)
+    with pytest.raises(ConfigError, match="renamed by another run"):
+        Journal(path, print)

@@ -45,8 +45,17 @@ def test_what_was_done_before_counts_as_done_but_not_as_speed() -> None:
     progress.show_load(load())
     progress.set_skipped(910)
     assert (progress._bar.n, progress._bar.initial, progress._bar.total) == (912, 910, 1000)
-    progress.close()
+    progress.close(was_finished=True)
     assert "912/912" in stream.getvalue() and "1 failed" in stream.getvalue()
+
+
+def test_an_interrupted_run_is_not_shown_as_a_whole_one() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress.set_total(1000)
+    progress.finish(failed=False)
+    progress.close(was_finished=False)
+    assert "1/1000" in stream.getvalue().splitlines()[-1]
 
 
 def test_a_server_that_says_nothing_of_itself_has_no_bottleneck() -> None:
@@ -54,5 +63,5 @@ def test_a_server_that_says_nothing_of_itself_has_no_bottleneck() -> None:
     progress = Progress(stream)
     progress.show_load(None)
     progress.finish(failed=False)
-    progress.close()
+    progress.close(was_finished=True)
     assert "bottleneck" not in stream.getvalue()

@@ -119,6 +119,12 @@ def test_a_line_that_is_no_request_stops_nothing(folder: Folder, stub: StubServe
     assert folder.output.read_bytes() == before and stub.asked.total() == 2
 
 
+def test_a_byte_order_mark_is_no_fault(folder: Folder, stub: StubServer) -> None:
+    write(folder.input, [request("a", "x")])
+    folder.input.write_bytes(b"\xef\xbb\xbf" + folder.input.read_bytes())
+    assert folder.run() == 0 and stub.asked == {"x": 1}
+
+
 def test_a_request_that_is_refused_is_an_answer_with_its_status(folder: Folder) -> None:
     write(folder.input, [request("a", "x"), request("b", "y", body={**request("", "y")["body"], "model": "other"})])
     assert folder.run() == 3

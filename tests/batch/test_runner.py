@@ -194,7 +194,7 @@ async def test_a_failure_where_jobs_come_from_or_results_go_ends_the_run(work: W
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_what_is_begun_finish(number: signal.Signals) -> None:
+def test_a_signal_lets_what_is_begun_finish(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     @in_loop
     async def test(work: Work) -> None:
         running = start(work, work.jobs(range(100)), max_inflight=3)
@@ -209,6 +209,7 @@ def test_a_signal_lets_what_is_begun_finish(number: signal.Signals) -> None:
         assert len(work.pulled) == 3 and not work.cancelled
 
     test()
+    assert capsys.readouterr().err == "\nFinishing what is under way; a second Ctrl-C ends at once\n"
 
 
 @in_loop

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mmv1.batch.caption_log import CaptionLog, Row, write_whole
+from mmv1.batch.caption_log import CaptionLog, Errors, Row, write_whole
 from mmv1.batch.sinks import JsonlSink, ParquetSink, Recorder, ShardSink, SidecarSink, Sink
 from mmv1.batch.sources import Sample
 from mmv1.errors import ConfigError
@@ -170,3 +172,68 @@ def test_log_finds_rows_by_key_and_by_bytes_also_after_a_restart(tmp_path: Path)
         assert log.of_picture("aa") == {"key": "a", "caption": "é", "blake3": "aa"}
         assert [row["key"] for row in log.rows()] == ["a", "b"]
         log.close()
+
+
+def test_a_shard_that_could_not_be_written_to_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk was full in the middle of a member; then there is room again."""
+    samples = [sample_of(tmp_path, f"{name}.jpg") for name in "abc"]
+    with opened("shards", tmp_path) as (log, sink):
+        record(log, sink, samples[0])
+        real = tarfile.TarFile.addfile
+
+        def torn(archive: tarfile.TarFile, member: tarfile.TarInfo, data: Any) -> None:
+            if member.name.endswith(".txt"):
+                archive.fileobj.write(bytes(700))  # type: ignore[union-attr]
+                raise OSError(28, "No space left on device")
+            real(archive, member, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tarfile.TarFile, "addfile", torn)
+            with pytest.raises(ConfigError, match="No space left"):
+                record(log, sink, samples[1])
+        sink.close()
+    with opened("shards", tmp_path) as (log, sink):
+        record(log, sink, *(sample for sample in samples if not sink.is_done(sample)))
+        sink.close()
+    found: dict[str, int] = {}
+    for path in tmp_path.glob("*.tar"):
+        with tarfile.open(path) as archive:
+            assert len(archive.getnames()) % 3 == 0
+            for name in archive.getnames()[2::3]:
+                key = json.load(archive.extractfile(name))["key"]  # type: ignore[arg-type]
+                found[key] = found.get(key, 0) + 1
+    assert found == {"a.jpg": 1, "b.jpg": 1, "c.jpg": 1}
+
+
+def test_a_picture_of_a_format_that_only_the_server_knows_goes_into_a_shard(tmp_path: Path) -> None:
+    (tmp_path / "a.AVIF").write_bytes(b"no format known here")
+    sample = Sample("a.AVIF", tmp_path / "a.AVIF")
+
+    async def write(sink: Sink, log: CaptionLog) -> None:
+        await Recorder(log, sink).record(sample, row_of(sample), b"no format known here")
+
+    with opened("shards", tmp_path) as (log, sink):
+        asyncio.run(write(sink, log))
+        sink.close()
+    with tarfile.open(tmp_path / "00000.tar") as archive:
+        assert archive.getnames()[0] == "0000000000.avif"
+
+
+def test_the_longest_of_file_names(tmp_path: Path) -> None:
+    name = f"{'é' * 125}n.jpg"  # 255 bytes, the most there can be
+    with opened("sidecars", tmp_path) as (log, sink):
+        record(log, sink, sample_of(tmp_path, name))
+    assert (tmp_path / name).with_suffix(".txt").read_text() == "new\n"
+
+
+def test_errors_that_cannot_be_written_down_are_one_sentence() -> None:
+    errors = Errors(Path("/dev/full"))
+    with pytest.raises(ConfigError, match=r"/dev/full cannot be written \(No space left on device\)"):
+        errors.write("a", "b", "c")
+
+
+def test_somebody_elses_errors_are_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "errors.jsonl").write_text('{"mine": 1}\n')
+    with pytest.raises(ConfigError, match="was not written by this command"):
+        Errors(tmp_path / "errors.jsonl")
+    assert (tmp_path / "errors.jsonl").read_text() == '{"mine": 1}\n'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -82,8 +83,10 @@ def test_file_list_from_a_file_and_from_standard_input(tmp_path: Path, monkeypat
     expected = ["p/000.jpg", "p/001.png", "https://example.com/x.jpg"]
     assert keys(tmp_path / "list.txt") == expected
     assert listed(tmp_path / "list.txt")[0].picture == tmp_path / "p/000.jpg"  # relative to the list
-    monkeypatch.setattr(sys, "stdin", io.StringIO("p/000.jpg\np/001.png\nhttps://example.com/x.jpg\n"))
-    assert keys("-") == expected
+    (tmp_path / "stdin").write_bytes(b"\xef\xbb\xbfp/000.jpg\np/001.png\nhttps://example.com/x.jpg\ncaf\xe9.jpg\n")
+    with (tmp_path / "stdin").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert keys("-") == [*expected, "caf\\xe9.jpg"]
 
 
 def test_jsonl_rows_and_their_faults(tmp_path: Path) -> None:
@@ -126,12 +129,13 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
-def test_shards_by_brace_pattern(tmp_path: Path, suffix: str) -> None:
+def test_shards_by_brace_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.chdir(tmp_path)
     for number in range(2):
         names = [(f"{number}{i}", kind) for i in range(3) for kind in ("json", "jpg", "seg.png")]
         members = [(f"x/{name}.{kind}", f"{name}{kind}".encode()) for name, kind in names]
         make_tar(tmp_path / f"{number:05d}{suffix}", [*members, ("__index__.txt", b""), ("x/last.json", b"{}")])
-    pattern = f"{tmp_path}/{{00000..00001}}{suffix}"
+    pattern = f"{{00000..00001}}{suffix}"
     found = listed(pattern)
     names = [(n, name) for n in range(2) for name in (f"{n}0", f"{n}1", f"{n}2", "last")]
     assert [sample.key for sample in found] == [f"0000{n}/x/{name}" for n, name in names]
@@ -139,7 +143,7 @@ def test_shards_by_brace_pattern(tmp_path: Path, suffix: str) -> None:
     assert fault(found[3]) == "the sample has no picture"
     assert listed(pattern, columns=Columns("seg.png"))[0].picture == b"00seg.png"
     with pytest.raises(ConfigError, match="no file or folder"):
-        listed(f"{tmp_path}/{{00000..00002}}{suffix}")
+        listed(f"{{00000..00002}}{suffix}")
 
 
 def test_a_shard_that_is_cut_off_gives_what_came_before(tmp_path: Path) -> None:
@@ -157,12 +161,13 @@ def test_a_member_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     assert "more than the" in fault(large) and small.picture == b"x"
 
 
-def test_rows_are_read_when_their_turn_comes(tmp_path: Path) -> None:
+def test_rows_are_read_when_their_turn_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard's later members are not looked at while the first are worked on."""
+    monkeypatch.chdir(tmp_path)
     make_tar(tmp_path / "a.tar", [(f"{i}.jpg", b"x") for i in range(3)])
     good = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "b.tar").write_bytes(b"no tar file at all" * 100)
-    found: Iterator[Sample] = samples([f"{tmp_path}/{{a,b}}.tar"], NO_COLUMNS, LIMITS)
+    found: Iterator[Sample] = samples(["{a,b}.tar"], NO_COLUMNS, LIMITS)
     assert next(found).key == "a/0"
     (tmp_path / "b.tar").write_bytes(good)  # by the time it is its turn
     assert [sample.key for sample in found] == ["a/1", "a/2", "b/0", "b/1", "b/2"]
@@ -195,3 +200,85 @@ def test_shares_are_disjoint_complete_and_alike() -> None:
     found = [shard_of(f"{number}.jpg", 4) for number in range(4000)]
     assert {*found} == {0, 1, 2, 3} and all(850 < found.count(index) < 1150 for index in range(4))
     assert found == [shard_of(f"{number}.jpg", 4) for number in range(4000)]
+
+
+def test_files_of_one_name_in_several_folders_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Path(folder, "x.jpg").write_bytes(folder.encode())
+        Path(folder, "x.txt").write_text("x.jpg\n")
+        Path(folder, "x.jsonl").write_text('{"image": "x.jpg"}\n{"image": 1}\n')
+        make_tar(Path(folder, "x.tar"), [("0.jpg", folder.encode())])
+        pyarrow.parquet.write_table(pyarrow.table({"image": [folder.encode()]}), f"{folder}/x.parquet")
+    assert keys("a/x.tar") == ["x/0"] and keys("a/x.parquet") == ["x.parquet:1"] and keys("a/x.jsonl")[0] == "x.jpg"
+    for kind, expected in [
+        ("tar", ["a/x/0", "b/x/0"]),
+        ("parquet", ["a/x.parquet:1", "b/x.parquet:1"]),
+        ("jsonl", ["a/x.jpg", "a/x.jsonl:2", "b/x.jpg", "b/x.jsonl:2"]),
+        ("txt", ["a/x.jpg", "b/x.jpg"]),
+    ]:
+        assert keys(f"a/x.{kind}", f"b/x.{kind}") == keys(f"{{a,b}}/x.{kind}") == expected
+    assert keys("*/x.tar") == ["a/x/0", "b/x/0"]
+
+
+def test_a_folder_that_cannot_be_read_is_one_fault_among_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_pictures(tmp_path, 4)
+    scan = os.scandir
+
+    def forbidding(folder: Path) -> Any:
+        if Path(folder).name == "sub":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    found = listed(tmp_path)
+    assert [sample.key for sample in found] == ["000.jpg", "001.png", "003.png", "sub"]
+    assert fault(found[-1]) == "the folder cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize("name", ["a\x00.jpg", "\ud800.jpg", "http://\ud800/", "data:\ud800", "x" * 300, "."])
+def test_a_row_with_an_impossible_name_has_a_key_that_can_be_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": name, "id": name}) + "\n")
+    for columns in (NO_COLUMNS, Columns(None, "id")):
+        (sample,) = listed(tmp_path / "a.jsonl", columns=columns)
+        assert sample.key.encode()
+
+
+def test_a_parquet_file_that_is_damaged_gives_what_can_be_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": [b"%d" % i * 200 for i in range(300)]}), path, row_group_size=100,
+                                compression="zstd", use_dictionary=False)  # fmt: skip
+    whole = path.read_bytes()
+    place = len(whole) // 2
+    path.write_bytes(whole[:place] + bytes(300) + whole[place + 300 :])
+    found = listed(path)
+    assert 64 <= len(found) < 300 and found[-1].key == "a.parquet"
+    assert "the file cannot be read after" in fault(found[-1])
+    path.write_bytes(b"no table")
+    (only,) = listed(path)
+    assert "the file cannot be read after 0 rows" in fault(only)
+
+
+def test_a_list_that_cannot_be_opened_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+
+    def forbid(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", forbid)
+        with pytest.raises(ConfigError, match=r"list.txt' cannot be read \(Permission denied\)"):
+            listed(tmp_path / "list.txt")
+    with pytest.raises(ConfigError, match=r"x' cannot be read \(File name too long\)"):
+        listed("x" * 300)
+
+
+def test_pictures_of_one_text_file_are_in_one_share() -> None:
+    assert {shard_of(f"a/cat.{kind}", 64) for kind in ("jpg", "png", "webp")} == {shard_of("a/cat.gif", 64)}

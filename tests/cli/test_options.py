@@ -132,6 +132,16 @@ def test_a_file_can_say_what_is_not_the_engines(tmp_path: Path) -> None:
     assert (namespace.host, namespace.port) == ("0.0.0.0", 9000)
 
 
+def test_of_flags_that_exclude_each_other_the_command_lines_goes_before_the_files(tmp_path: Path) -> None:
+    path = written(tmp_path, "prompt-file: prompt.txt\nmax-tokens: 5\n")
+    argv = ["caption", "p", "--prompt", "Why?", "--config", str(path)]
+    namespace = make_parser(argv)[0].parse_args(argv)
+    assert (namespace.prompt, namespace.prompt_file, namespace.max_tokens) == ("Why?", None, 5)
+    path = written(tmp_path, "prompt: Why?\nprompt_file: prompt.txt\n")
+    with pytest.raises(ConfigError, match="prompt and prompt-file cannot be given together"):
+        make_parser(["caption", "p", "--config", str(path)])
+
+
 def test_an_empty_file_and_null_say_nothing(tmp_path: Path) -> None:
     assert parse("--config", written(tmp_path, "# nothing\n")) == EngineArgs()
     assert parse("--config", written(tmp_path, "max-model-len: null\nseed:\n")) == EngineArgs()

@@ -42,6 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["black/white", "cat.jpg"], "x/y", ("x/y", "black/white", [Path("cat.jpg")])),  # --model settles it
         (["model", "cat.jpg"], "x/y", ("x/y", "model", [Path("cat.jpg")])),
         (["What?", "https://a.org/cat.jpg", "data:,x"], "", ("", "What?", ["https://a.org/cat.jpg", "data:,x"])),
+        (["Why? " * 60, "cat.jpg"], "", ("", "Why? " * 60, [Path("cat.jpg")])),  # longer than a file's name can be
     ],
 )
 def test_which_word_is_what(words: list[str], model: str, expected: object, folder: Path) -> None:
@@ -54,6 +55,7 @@ def test_which_word_is_what(words: list[str], model: str, expected: object, fold
         (["What", "is", "this?"], "no picture file 'is' .a question of several words needs quotes"),
         (["What?", "missing.jpg"], "no picture file 'missing.jpg'"),
         (["What?", "pets"], "no picture file 'pets'"),
+        (["What?", "is this? " * 40], "a question of several words needs quotes"),
         (["model"], "'model' is a model: say after it what to ask"),
         ([""], "the question is empty"),
     ],
@@ -71,7 +73,7 @@ def test_words_that_cannot_be(words: list[str], message: str, folder: Path) -> N
         (["What?", "--temperature", "-1"], ["temperature"]),
         (["What?", "--model", "/no/such/model"], ["/no/such/model"]),
         (["-"], ["the question is empty"]),
-        ([], ["WORD", "mmv1 run --help"]),
+        ([], ["QUESTION", "mmv1 run --help"]),
     ],
 )
 def test_errors_before_the_engine_starts_are_one_sentence(arguments: list[str], words: list[str]) -> None:
