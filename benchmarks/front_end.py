@@ -54,6 +54,7 @@ class Kind(NamedTuple):
     has_picture: bool
     num_tokens: int  # of the answer; streamed, one an event, when more than one
     num_requests: int
+    num_connections: int = NUM_CONNECTIONS
 
 
 KINDS = (
@@ -61,6 +62,7 @@ KINDS = (
     Kind("text, 64 tokens streamed", False, 64, 200),
     Kind("picture, 1 token", True, 1, 500),
     Kind("picture, 64 tokens streamed", True, 64, 150),
+    Kind("128 streams of 256 tokens", False, 256, 256, 128),
 )
 
 
@@ -235,7 +237,8 @@ async def connect(port: int, server: subprocess.Popen[bytes]) -> list[Connection
     deadline = time.monotonic() + 120
     while True:
         try:
-            return [(await loop.create_connection(Connection, "127.0.0.1", port))[1] for _ in range(NUM_CONNECTIONS)]
+            most = max(kind.num_connections for kind in KINDS)
+            return [(await loop.create_connection(Connection, "127.0.0.1", port))[1] for _ in range(most)]
         except ConnectionRefusedError:
             if server.poll() is not None or time.monotonic() > deadline:
                 sys.exit("the server did not start")
@@ -248,20 +251,22 @@ Figures = dict[str, dict[str, float]]
 async def run(port: int, server: subprocess.Popen[bytes], num_rounds: int) -> Figures:
     pictures = [picture(seed) for seed in range(NUM_PICTURES)]
     requests = {kind: [request_of(kind, encoded) for encoded in pictures] for kind in KINDS}
-    print(f"body of a request with a picture: {len(requests[KINDS[-1]][0]) / 1000:.0f} kB; {NUM_CONNECTIONS} connections")
+    largest = max(len(bodies[0]) for bodies in requests.values())
+    print(f"body of a request with a picture: {largest / 1000:.0f} kB; {NUM_CONNECTIONS} connections")
     connections = await connect(port, server)
     for kind in KINDS:  # also while the slab is laid out, in the background
-        await measure(connections, requests[kind], kind.num_requests // 4, server.pid)
+        await measure(connections[: kind.num_connections], requests[kind], kind.num_requests // 4, server.pid)
     rounds: dict[Kind, list[Round]] = {kind: [] for kind in KINDS}
     for _ in range(num_rounds):
         for kind in KINDS:
-            rounds[kind].append(await measure(connections, requests[kind], kind.num_requests, server.pid))
+            rounds[kind].append(await measure(connections[: kind.num_connections], requests[kind], kind.num_requests, server.pid))
     for connection in connections:
         connection.close()
     figures = {}
     for kind in KINDS:
         median = Round(*map(statistics.median, zip(*rounds[kind], strict=True)))
-        figures[kind.name] = {**median._asdict(), "requests_per_s_per_core": 1000 / median.processor_ms}
+        rates = {"requests_per_s_per_core": 1000 / median.processor_ms, "tokens_per_s": median.requests_per_s * kind.num_tokens}
+        figures[kind.name] = {**median._asdict(), **rates}
     return figures
 
 
@@ -284,12 +289,12 @@ def main() -> None:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
-    print(f"{'':30}{'requests/s':>12}{'processor ms each':>20}{'requests/s per core':>21}{'events each':>13}")
+    print(f"{'':30}{'requests/s':>12}{'processor ms each':>20}{'requests/s per core':>21}{'events each':>13}{'tokens/s':>10}")
     for name, figure in figures.items():
         goal = f"   (budget: {BUDGET_MS} ms)" if name.startswith("picture") else ""
         print(
             f"{name:30}{figure['requests_per_s']:12.0f}{figure['processor_ms']:20.2f}{figure['requests_per_s_per_core']:21.0f}"
-            f"{figure['events']:13.1f}{goal}"
+            f"{figure['events']:13.1f}{figure['tokens_per_s']:10.0f}{goal}"
         )
     if args.json:
         args.json.write_text(json.dumps({**describe(), **figures}, indent=1) + "\n")

@@ -31,7 +31,6 @@ class Request:
         "mm_features",
         "num_cached_tokens",
         "num_computed_tokens",
-        "num_preemptions",
         "num_prompt_tokens",
         "num_tokens",
         "num_tokens_expected",
@@ -61,7 +60,6 @@ class Request:
         self.block_hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
         self.kv_capacity = 0  # tokens its KV blocks have room for; kept by the KV ledger
         self.num_cached_tokens = -1  # prompt tokens found in the prefix cache when it was first scheduled; -1 before
-        self.num_preemptions = 0
         self.status = RequestStatus.WAITING
 
     @property
@@ -85,5 +83,4 @@ class Request:
     def reset_for_preemption(self) -> None:
         """Forget all computed KV; the tokens stay. What steps in flight still sample will be appended as usual."""
         self.num_computed_tokens = 0
-        self.num_preemptions += 1
         self.status = RequestStatus.WAITING

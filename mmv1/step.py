@@ -3,6 +3,9 @@
 `SchedulerOutput.num_scheduled_tokens` is the step; everything else serves it. Workers keep each request's state themselves,
 so a request is described once in full and afterwards only by differences. A preempted request is "finished" for the workers
 and comes back later as a new one.
+
+Pictures are encoded by batches of their own, beside the steps. A step reads only embeddings whose batch was done before the
+step was submitted, and a batch overwrites only what no step in flight reads; so the two need no order among themselves.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class CachedRequestData(msgspec.Struct, array_like=True):
 
 
 class EncoderInput(msgspec.Struct, frozen=True, array_like=True):
-    """Encode this picture in this step: patches at [offset, offset + nbytes) of the pixel slab."""
+    """Encode this picture: patches at [offset, offset + nbytes) of the pixel slab."""
 
     mm_hash: bytes
     offset: int
@@ -49,24 +52,37 @@ class EncoderInput(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
 
 
+class EncodeBatch(msgspec.Struct):
+    """Pictures to encode together. Order of work for a worker: forget `free_mm_hashes`, then encode."""
+
+    batch_id: int
+    inputs: list[EncoderInput]
+    free_mm_hashes: list[bytes]
+
+
+class EncodeOutput(msgspec.Struct, frozen=True):
+    """The batch's embeddings are in the encoder cache."""
+
+    batch_id: int
+    seconds: float = 0.0  # the device worked at it
+
+
 class SchedulerOutput(msgspec.Struct, kw_only=True):
-    """One step. Order of work for a worker: forget `finished_request_ids` and `free_mm_hashes`, learn the new requests and
-    blocks, encode, then run `num_scheduled_tokens` tokens of each request and sample where its known tokens are used up."""
+    """One step. Order of work for a worker: forget `finished_request_ids`, learn the new requests (which may be among those
+    just forgotten) and blocks, then run `num_scheduled_tokens` tokens of each request and sample where its known tokens are
+    used up."""
 
     step_id: int
     num_scheduled_tokens: dict[str, int]
     total_num_scheduled_tokens: int
     new_requests: list[NewRequestData]
     cached_requests: CachedRequestData
-    encoder_inputs: list[EncoderInput]
-    free_mm_hashes: list[bytes]
     finished_request_ids: list[str]
 
 
 class StageSeconds(msgspec.Struct, frozen=True, kw_only=True):
     """What the device worked at. Steps mix prefill and decode: each has the share of a step's time that it has of its tokens."""
 
-    encode: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
 

@@ -110,7 +110,22 @@ class SlabShort(msgspec.Struct, frozen=True, tag="slab_short"):
     """A picture the core asked for has been waiting for room in the slab: what is less urgent is to be given up."""
 
 
-EngineCoreInput = EngineCoreRequest | Abort | FeatureReady | FeatureFailed | SlabShort | Ping | ResetCaches
+class StartProfile(msgspec.Struct, frozen=True, tag="start_profile"):
+    """Record what the device and the host do from the next step on. Answered by a ProfileAnswer, as StopProfile is."""
+
+    call_id: int
+    trace_dir: str
+
+
+class StopProfile(msgspec.Struct, frozen=True, tag="stop_profile"):
+    """Record no longer, and write the trace."""
+
+    call_id: int
+
+
+EngineCoreInput = (
+    EngineCoreRequest | Abort | FeatureReady | FeatureFailed | SlabShort | Ping | ResetCaches | StartProfile | StopProfile
+)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -160,16 +175,23 @@ class SchedulerStats(msgspec.Struct, kw_only=True, omit_defaults=True):
     num_pixel_requests: int = 0
     num_prompt_tokens_computed: int = 0
     num_generation_tokens: int = 0
-    encode_seconds: float = 0.0  # of the device's time (see step.StageSeconds)
+    encode_seconds: float = 0.0  # of the device's time (see step.EncodeOutput and step.StageSeconds)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
 
 class Pong(msgspec.Struct, frozen=True, array_like=True):
-    """`stalled_s`: how long there have been requests without a step being finished; 0 when there are none."""
+    """`stalled_s`: how long there have been requests without a step or an encoding being finished; 0 when there are none."""
 
     ping_id: int
     stalled_s: float
+
+
+class ProfileAnswer(msgspec.Struct, frozen=True, array_like=True):
+    """It is being recorded, or the trace is on disk; or why not."""
+
+    call_id: int
+    error: str | None = None
 
 
 class EngineCoreOutputs(msgspec.Struct, kw_only=True, omit_defaults=True, tag="news"):
@@ -180,6 +202,7 @@ class EngineCoreOutputs(msgspec.Struct, kw_only=True, omit_defaults=True, tag="n
     pixel_releases: list[bytes] = []  # hashes whose pixels the core no longer holds or awaits
     stats: SchedulerStats | None = None
     pong: Pong | None = None
+    profile_answers: list[ProfileAnswer] = []
 
 
 class EngineReady(msgspec.Struct, kw_only=True, tag="engine_ready"):

@@ -23,6 +23,12 @@ os.environ.pop("REDIS_URL", None)  # the tests start their own
 # Before torch is imported: its threads would spin while they wait, and slow down whatever else runs on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import torch
+
+if not torch.cuda.is_available():
+    # Before triton is imported: without a CUDA device its kernels run in its interpreter, on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

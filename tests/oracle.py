@@ -1,4 +1,4 @@
-"""The reference that mmv1 must agree with: transformers, fp32, on the CPU, one conversation at a time."""
+"""The reference that mmv1 must agree with: transformers, one conversation at a time; float32 on the CPU unless told otherwise."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class OracleAnswer(NamedTuple):
 class HFOracle:
     """transformers' model and processor of one directory. Calling it answers a conversation greedily."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.processor = AutoProcessor.from_pretrained(model_dir)
-        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=dtype).to(device).eval()
 
     def inputs(self, conversation: list[dict[str, Any]]) -> Any:
         """The model's inputs: input_ids [1, n], pixel_values [patches, 1176], image_grid_thw [images, 3] ..."""
@@ -72,8 +72,9 @@ class HFOracle:
         """
         inputs = self.inputs(conversation) if limits is None else self.inputs_within(conversation, limits)
         end = {"eos_token_id": None} if ignore_eos else {}
+        on_device = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         output = self.model.generate(
-            **inputs, **end, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
+            **on_device, **end, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
         prompt = inputs["input_ids"][0].tolist()
-        return OracleAnswer(prompt, output.sequences[0, len(prompt):].tolist(), torch.cat(output.logits).float())
+        return OracleAnswer(prompt, output.sequences[0, len(prompt):].tolist(), torch.cat(output.logits).float().cpu())

@@ -4,6 +4,10 @@ Its "KV" of a token is a fingerprint of the request's whole content up to that t
 as the block ids of the step say. Before it samples, it checks that every slot of the request holds the request's own
 fingerprints: a block handed out twice, a wrong prefix hit, a missing picture or a lost difference is found at once. The sampled
 token is a function of the last fingerprint, so a request has one right output, whatever the schedule.
+
+Pictures are encoded beside the steps, as on a device: a batch takes its room when it is launched and its embeddings are usable
+when it has been waited for, whatever steps run in between. A step that reads an embedding before that, or after it was
+overwritten, is found.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from mmv1.step import ENCODER_CACHE_PAGE_ROWS, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from mmv1.step import ENCODER_CACHE_PAGE_ROWS, EncodeBatch, EncodeOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from mmv1.types import EngineCoreRequest, MMFeature, SamplingParams
 
 VOCAB = 50
@@ -94,6 +98,18 @@ class Executed:
         return self.output
 
 
+class Encoding:
+    """A launched batch."""
+
+    def __init__(self, worker: SimulatedWorker, batch: EncodeBatch) -> None:
+        self.worker = worker
+        self.batch = batch
+
+    def wait(self) -> EncodeOutput:
+        self.worker.complete.update(item.mm_hash for item in self.batch.inputs)
+        return EncodeOutput(self.batch.batch_id, 0.25)
+
+
 @dataclass
 class _Row:
     token_ids: list[int]
@@ -111,26 +127,35 @@ class SimulatedWorker:
         self.rows: dict[str, _Row] = {}
         self.slots: dict[int, int] = {}
         self.embeddings: dict[bytes, int] = {}  # mm_hash -> pages
+        self.complete: set[bytes] = set()  # of these
         self.num_encoded: dict[bytes, int] = {}
         self.steps: list[SchedulerOutput] = []
+        self.batches: list[EncodeBatch] = []
+        self.num_tokens_computed = 0
 
-    def execute(self, step: SchedulerOutput) -> Executed:
-        self.steps.append(step)
-        assert step.total_num_scheduled_tokens == sum(step.num_scheduled_tokens.values())
-        for request_id in step.finished_request_ids:
-            del self.rows[request_id]
-        for mm_hash in step.free_mm_hashes:
+    def encode(self, batch: EncodeBatch) -> Encoding:
+        self.batches.append(batch)
+        for mm_hash in batch.free_mm_hashes:
             del self.embeddings[mm_hash]
-        for new in step.new_requests:
-            self._add(new)
-        for request_id, block_ids in zip(step.cached_requests.request_ids, step.cached_requests.new_block_ids, strict=True):
-            self.rows[request_id].block_ids += block_ids
-        for item in step.encoder_inputs:
+            self.complete.remove(mm_hash)
+        for item in batch.inputs:
             assert item.mm_hash not in self.embeddings, "encoded although it is cached"
             assert item.offset >= 0 and item.nbytes > 0
             self.embeddings[item.mm_hash] = -(-item.num_tokens // ENCODER_CACHE_PAGE_ROWS)
             self.num_encoded[item.mm_hash] = self.num_encoded.get(item.mm_hash, 0) + 1
         assert sum(self.embeddings.values()) <= self.encoder_pages, "the encoder cache's store would overflow"
+        return Encoding(self, batch)
+
+    def execute(self, step: SchedulerOutput) -> Executed:
+        self.steps.append(step)
+        assert step.total_num_scheduled_tokens == sum(step.num_scheduled_tokens.values()) > 0
+        self.num_tokens_computed += step.total_num_scheduled_tokens
+        for request_id in step.finished_request_ids:
+            del self.rows[request_id]
+        for new in step.new_requests:
+            self._add(new)
+        for request_id, block_ids in zip(step.cached_requests.request_ids, step.cached_requests.new_block_ids, strict=True):
+            self.rows[request_id].block_ids += block_ids
         # As on the device: all KV of the step is written before any is read.
         for request_id, count in step.num_scheduled_tokens.items():
             self._write(self.rows[request_id], count)
@@ -157,7 +182,7 @@ class SimulatedWorker:
         assert stop <= len(row.token_ids), "scheduled past the tokens there are"
         for feature in row.features:
             if feature.offset < stop and feature.offset + feature.num_tokens > row.num_computed:
-                assert feature.mm_hash in self.embeddings, "a chunk runs into a picture that is not encoded"
+                assert feature.mm_hash in self.complete, "a chunk runs into a picture that is not encoded"
         for position in range(row.num_computed, stop):
             self.slots[self._slot(row, position)] = row.chain[position]
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from mmv1.config import EngineArgs, EngineConfig, PreprocessConfig, has_cuda_device, resolve
+from mmv1.config import DeviceConfig, EngineArgs, EngineConfig, PreprocessConfig, has_cuda_device, resolve
 from mmv1.errors import ConfigError
 
 FLAT = {
@@ -242,3 +242,31 @@ def test_pixel_limits_in_vllms_words(said: dict[str, Any], limits: tuple[int | N
 def test_other_processor_kwargs_are_refused(kwargs: dict[str, Any], word: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=word):
         resolve(EngineArgs(model=model_dir(tmp_path, FLAT), mm_processor_kwargs=kwargs))
+
+
+# ---- how steps are run ----
+
+
+def test_mechanisms_are_on_unless_switched_off(tmp_path: Path) -> None:
+    config = resolve(EngineArgs())
+    assert config.device == DeviceConfig()
+    assert config.scheduler.enable_chunked_prefill and config.scheduler.async_scheduling and config.cache.encoder_cache
+    args = EngineArgs(
+        enforce_eager=True, encoder_stream=False, fused_kernels=False, attention_backend="sdpa", encoder_cache=False,
+        async_scheduling=False, torch_profiler_dir=f"{tmp_path}/a/../traces",
+    )  # fmt: skip
+    config = resolve(args)
+    assert config.device == DeviceConfig(
+        attention_backend="sdpa", enforce_eager=True, encoder_stream=False, fused_kernels=False,
+        torch_profiler_dir=str(tmp_path / "traces"),
+    )  # fmt: skip
+    assert not config.scheduler.async_scheduling and not config.cache.encoder_cache
+
+
+def test_without_chunked_prefill_the_longest_prompt_fits_in_a_step() -> None:
+    most = resolve(EngineArgs()).model.max_model_len
+    assert resolve(EngineArgs(enable_chunked_prefill=False)).scheduler.max_num_batched_tokens == most > 2048
+    given = EngineArgs(enable_chunked_prefill=False, max_model_len=512, max_num_batched_tokens=512)
+    assert resolve(given).scheduler.max_num_batched_tokens == 512
+    with pytest.raises(ConfigError, match=r"--max-num-batched-tokens .511. must be at least --max-model-len .512."):
+        resolve(EngineArgs(enable_chunked_prefill=False, max_model_len=512, max_num_batched_tokens=511))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -40,6 +40,7 @@ from mmv1.api.protocol import (
     Usage,
     encode,
     encode_event,
+    encode_text,
     error_of,
 )
 from mmv1.config import read_json
@@ -138,6 +139,16 @@ def to_logprobs(positions: list[PositionLogprobs] | None) -> ChoiceLogprobs | No
     )
 
 
+class _TextEvent:
+    """An event that is encoded once, for all texts: what surrounds the text is kept."""
+
+    def __init__(self, with_empty_text: bytes) -> None:
+        self._before, _, self._after = with_empty_text.rpartition(b'""')
+
+    def with_text(self, text: str) -> bytes:
+        return self._before + encode_text(text) + self._after
+
+
 class ChatAnswer:
     """The answer to one request. Use `full` or `events`, once. `pictures`: see `to_conversation`."""
 
@@ -164,11 +175,13 @@ class ChatAnswer:
     async def full(self) -> AsyncGenerator[bytes, None]:
         choices = [Choice(index, AssistantMessage(""), None, None) for index in range(self._params.n)]
         texts: list[list[str]] = [[] for _ in choices]
-        async with aclosing(self._outputs()) as outputs:
-            async for output in outputs:
-                for news in output.outputs:
-                    texts[news.index].append(news.text)
-                    self._extend(choices[news.index], news)
+        with self._timed():
+            async with aclosing(self._generate()) as outputs:
+                async for output in outputs:
+                    self._count(output)
+                    for news in output.outputs:
+                        texts[news.index].append(news.text)
+                        self._extend(choices[news.index], news)
         for choice, text in zip(choices, texts, strict=True):
             choice.message.content = "".join(text)
         yield encode(
@@ -178,12 +191,14 @@ class ChatAnswer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         options = self._request.stream_options
         include_usage = options is not None and bool(options.include_usage)
-        started: set[int] = set()
+        started: dict[int, _TextEvent] = {}
         try:
-            async with aclosing(self._outputs()) as outputs:
-                async for output in outputs:
-                    if events := self._events_of(output, started):
-                        yield events
+            with self._timed():
+                async with aclosing(self._generate()) as outputs:
+                    async for output in outputs:
+                        self._count(output)
+                        if events := self._events_of(output, started):
+                            yield events
         except Exception as error:
             if not started:
                 raise
@@ -195,10 +210,9 @@ class ChatAnswer:
             yield self._event([], self._usage())
         yield b"data: [DONE]\n\n"
 
-    async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
-        """The engine's outputs, counted and timed."""
+    def _generate(self) -> AsyncGenerator[RequestOutput, None]:
         request = self._request
-        outputs = self._llm.generate(
+        return self._llm.generate(
             self._conversation,
             self._params,
             request_id=self._id,
@@ -206,19 +220,26 @@ class ChatAnswer:
             cache_salt=request.cache_salt or "",
             image_settings=NOTHING_SAID if request.mm_processor_kwargs is None else request.mm_processor_kwargs.settings(),
         )
+
+    def _count(self, output: RequestOutput) -> None:
+        num_new_tokens = 0
+        for news in output.outputs:
+            num_new_tokens += len(news.token_ids)
+        self._num_prompt_tokens = output.num_prompt_tokens
+        if output.num_cached_tokens > self._num_cached_tokens:
+            self._num_cached_tokens = output.num_cached_tokens
+        self._num_image_tokens = output.num_image_tokens
+        self._num_completion_tokens += num_new_tokens
+        self._timer.output(output.num_prompt_tokens, num_new_tokens)
+        for news in output.outputs:
+            if news.finish_reason is not None:
+                self._timer.finish(news.finish_reason)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Says how the request ended, if no answer of it did."""
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    num_new_tokens = sum(len(news.token_ids) for news in output.outputs)
-                    self._num_prompt_tokens = output.num_prompt_tokens
-                    self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
-                    self._num_image_tokens = output.num_image_tokens
-                    self._num_completion_tokens += num_new_tokens
-                    self._timer.output(output.num_prompt_tokens, num_new_tokens)
-                    for news in output.outputs:
-                        if news.finish_reason is not None:
-                            self._timer.finish(news.finish_reason)
-                    yield output
+            yield
         except Exception:
             self._timer.finish("error")
             raise
@@ -235,8 +256,9 @@ class ChatAnswer:
         if news.finish_reason is not None:
             choice.finish_reason, choice.stop_reason = news.finish_reason, news.stop_reason
 
-    def _events_of(self, output: RequestOutput, started: set[int]) -> bytes:
-        """The role first, then what is new; nothing for tokens that have no text yet."""
+    def _events_of(self, output: RequestOutput, started: dict[int, _TextEvent]) -> bytes:
+        """The role first, then what is new; nothing for tokens that have no text yet. `started`: by answer, the event of which
+        all but the text is always the same."""
         events = []
         options = self._request.stream_options
         usage: Usage | UnsetType | None = UNSET
@@ -244,10 +266,14 @@ class ChatAnswer:
             usage = self._usage() if options.continuous_usage_stats else None
         for news in output.outputs:
             if news.index not in started:
-                started.add(news.index)
+                started[news.index] = _TextEvent(self._event([ChunkChoice(news.index, Delta(content=""))], usage))
                 events.append(self._event([ChunkChoice(news.index, Delta(role="assistant", content=""))], usage))
-            if not news.text and news.logprobs is None and news.finish_reason is None:
-                continue
+            if news.logprobs is None and news.finish_reason is None:
+                if not news.text:
+                    continue
+                if not isinstance(usage, Usage):  # the common case: one of thousands of small events a second
+                    events.append(started[news.index].with_text(news.text))
+                    continue
             delta = Delta(content=news.text) if news.text or news.logprobs is not None else Delta()
             choice = ChunkChoice(news.index, delta, to_logprobs(news.logprobs), news.finish_reason)
             if news.finish_reason is not None:

@@ -312,6 +312,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     object: str = "model"
     created: int
     owned_by: str = "mmv1"
+    root: str  # where the model is, as vLLM says it
     max_model_len: int
 
 
@@ -346,6 +347,11 @@ _encoder = msgspec.json.Encoder()
 
 def encode(message: msgspec.Struct) -> bytes:
     return _encoder.encode(message)
+
+
+def encode_text(text: str) -> bytes:
+    """A JSON string."""
+    return _encoder.encode(text)
 
 
 def encode_event(message: msgspec.Struct) -> bytes:

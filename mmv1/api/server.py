@@ -173,7 +173,8 @@ def create_app(llm: AsyncLLM) -> ASGIApp:
     model = llm.config.model
     defaults = SamplingDefaults.of_model(model.path)
     metrics = Metrics(model.served_model_name, llm.stats, llm.preprocessor.stats, llm.preprocessor.timings)
-    card = ModelCard(id=model.served_model_name, created=int(time.time()), max_model_len=llm.max_model_len)
+    name, root = model.served_model_name, model.path
+    card = ModelCard(id=name, created=int(time.time()), root=root, max_model_len=llm.max_model_len)
     app = FastAPI(title="mmv1", version=mmv1.__version__, redirect_slashes=False)
     for kind in (RequestError, EngineError, HTTPException, Exception):
         app.add_exception_handler(kind, _error_answer)
@@ -208,9 +209,26 @@ def create_app(llm: AsyncLLM) -> ASGIApp:
     async def prometheus() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
+    if llm.config.device.torch_profiler_dir is not None:
+        _add_profile_routes(app, llm)
     _, components = msgspec.json.schema_components([ChatCompletionRequest], ref_template="#/components/schemas/{name}")
     app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(components)
     return RequestIds(app)
+
+
+def _add_profile_routes(app: FastAPI, llm: AsyncLLM) -> None:
+    """vLLM's, and as there only in a server that was told where traces go."""
+
+    @app.post("/start_profile")
+    async def start_profile() -> Response:
+        await llm.profile(start=True)
+        return Response()
+
+    @app.post("/stop_profile")
+    async def stop_profile() -> Response:
+        """Returns when the trace is on disk."""
+        await llm.profile(start=False)
+        return Response()
 
 
 class _Server(uvicorn.Server):
@@ -227,8 +245,9 @@ class _Server(uvicorn.Server):
         self.was_asked_to_stop = self.should_exit = True
 
 
-async def serve(llm: AsyncLLM, listener: socket.socket) -> int:
-    """Answer on the bound socket `listener` until SIGTERM, SIGINT or the engine's death. Returns the exit status."""
+async def serve(llm: AsyncLLM, listener: socket.socket, started_at: float | None = None) -> int:
+    """Answer on the bound socket `listener` until SIGTERM, SIGINT or the engine's death. Returns the exit status. `started_at`:
+    when, by time.monotonic(), the command was given."""
     config = uvicorn.Config(
         create_app(llm),
         http="httptools",
@@ -246,7 +265,10 @@ async def serve(llm: AsyncLLM, listener: socket.socket) -> int:
     server = _Server(config)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    listener.listen(config.backlog)  # whoever reads the next lines may connect
     _log_start(llm, listener)
+    if started_at is not None:
+        logger.info("Ready after %.1f s", time.monotonic() - started_at)
     background = [asyncio.ensure_future(work) for work in (_stop_with_engine(llm, server), *_periodic_lines(llm))]
     try:
         await server.serve(sockets=[listener])
@@ -303,7 +325,8 @@ def _log_start(llm: AsyncLLM, listener: socket.socket) -> None:
     redis = "yes" if preprocess.redis_url else "no"
     logger.info("Preprocess workers: %d, slab: %.1f MiB, Redis: %s", preprocess.num_workers, slab_mib, redis)
     host, port = listener.getsockname()[:2]
-    for route in ("POST /v1/chat/completions", "GET /v1/models", "GET /health", "GET /metrics", "GET /docs"):
+    profiling = ("POST /start_profile", "POST /stop_profile") if llm.config.device.torch_profiler_dir is not None else ()
+    for route in ("POST /v1/chat/completions", "GET /v1/models", "GET /health", "GET /metrics", "GET /docs", *profiling):
         logger.info("Route: %s", route)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     logger.info("Application startup complete. Serving %s on %s", model.served_model_name, url)

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import socket
+import time
 import types
 
 from mmv1.cli.event_loop import run_until_signal
@@ -21,11 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
+    started_at = time.monotonic()
     configure_logging("api")
     config = resolve(namespace.engine_args)
     with _bind(namespace.host, namespace.port) as listener:
         _log_settings(namespace.engine_args)
-        return run_until_signal(_start_and_serve(config, listener))
+        return run_until_signal(_start_and_serve(config, listener, started_at))
 
 
 def _log_settings(args: EngineArgs) -> None:
@@ -52,7 +54,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _start_and_serve(config: EngineConfig, listener: socket.socket) -> int:
+async def _start_and_serve(config: EngineConfig, listener: socket.socket, started_at: float) -> int:
     from mmv1.engine.async_llm import AsyncLLM
 
     llm = AsyncLLM(config)
@@ -61,7 +63,7 @@ async def _start_and_serve(config: EngineConfig, listener: socket.socket) -> int
     await llm.start()
     try:
         server = await importing
-        return await server.serve(llm, listener)  # from here on the signals are its own
+        return await server.serve(llm, listener, started_at)  # from here on the signals are its own
     finally:
         await llm.close()
 

@@ -1,17 +1,15 @@
-"""What `mmv1 bench` asks: random words and random pictures, the same again for the same seed.
-
-A picture is smooth fields of colour with some texture, so that it costs about what a photograph costs to send and to decode.
-"""
+"""What `mmv1 bench` asks: random prompts, the same again for the same seed, and the named workloads."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import pybase64
-from PIL import Image
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mmv1.cli.bench_pictures import Pictures
 
 _COMMON_WORDS = """
     a about after again all also an and any are as at back because been before but by can come could day do down each even
@@ -22,13 +20,26 @@ _COMMON_WORDS = """
     we well were what when where which white who will with word work world would write year you your
 """
 _WORDS = _COMMON_WORDS.split()
+_QUESTIONS = (
+    "What is shown?", "Which colours dominate?", "Is there a person?", "Describe the light.", "What is on the left?",
+    "What is on the right?", "Is it indoors?", "Give it a short title.",
+)  # fmt: skip
+
+
+class PictureSize(NamedTuple):
+    """Pixels."""
+
+    width: int
+    height: int
 
 
 class Prompt(NamedTuple):
-    """`pictures`: data: URLs."""
+    """`pictures`: data: URLs; `sizes`: theirs."""
 
     text: str
-    pictures: list[str]
+    pictures: Sequence[str]
+    max_tokens: int
+    sizes: Sequence[PictureSize] = ()
 
     def messages(self) -> list[dict[str, object]]:
         """OpenAI's, the pictures before the text."""
@@ -40,31 +51,75 @@ def random_words(rng: np.random.Generator, count: int) -> str:
     return " ".join(rng.choice(_WORDS, count))
 
 
-def random_prompts(
-    rng: np.random.Generator, *, num_words: int, num_images: int, size: tuple[int, int], image_reuse: float
-) -> Iterator[Prompt]:
-    """Without end. `size`: width and height in pixels. A picture is with the probability `image_reuse` one that was there before,
-    each as likely as any other."""
-    pictures: list[str] = []
-    while True:
-        chosen = []
-        for _ in range(num_images):
-            if pictures and rng.random() < image_reuse:
-                chosen.append(pictures[rng.integers(len(pictures))])
-                continue
-            chosen.append("data:image/jpeg;base64," + pybase64.b64encode(_jpeg(rng, *size)).decode())
-            if image_reuse:
-                pictures.append(chosen[-1])
-        yield Prompt(random_words(rng, num_words), chosen)
+@dataclass(frozen=True, kw_only=True)
+class RandomLoad:
+    """Prompts of random words, of one shape. Lengths are uniform within 1 - `range_ratio` to 1 + `range_ratio` times what is
+    said, as vLLM's; `num_prefix_words` are the same in all prompts. `sizes`: of pictures, each with its probability."""
+
+    num_words: int
+    num_prefix_words: int = 0
+    output_len: int
+    range_ratio: float = 0.0
+    num_images: int = 0
+    sizes: Sequence[tuple[PictureSize, float]] = ()
+
+    def prompts(self, rng: np.random.Generator, pictures: Pictures) -> Iterator[Prompt]:
+        """Without end."""
+        prefix = random_words(rng, self.num_prefix_words)
+        total = sum(share for _, share in self.sizes)
+        shares = [share / total for _, share in self.sizes]
+        while True:
+            words = random_words(rng, self._length(rng, self.num_words))
+            output_len = self._length(rng, self.output_len)
+            sizes = []
+            if self.num_images:
+                sizes = [self.sizes[index][0] for index in rng.choice(len(shares), self.num_images, p=shares)]
+            urls = [pictures.next(rng, size) for size in sizes]
+            yield Prompt(f"{prefix} {words}" if prefix else words, urls, output_len, sizes)
+
+    def _length(self, rng: np.random.Generator, mean: int) -> int:
+        if not self.range_ratio:
+            return mean
+        least, most = int(mean * (1 - self.range_ratio)), int(mean * (1 + self.range_ratio))
+        return max(1, int(rng.integers(least, most + 1)))
 
 
-def _jpeg(rng: np.random.Generator, width: int, height: int) -> bytes:
-    fields = _noise(rng, 12, 12).resize((width, height), Image.Resampling.BICUBIC)
-    texture = _noise(rng, height // 4 + 1, width // 4 + 1).resize((width, height), Image.Resampling.BILINEAR)
-    encoded = io.BytesIO()
-    Image.blend(fields, texture, 0.15).save(encoded, "JPEG", quality=88)
-    return encoded.getvalue()
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A load with a name. Each group of `num_images` new pictures of `size` is asked about once with each of `texts`, in an order
+    shuffled over all; without texts, with `num_words` random words. Every answer has `output_len` tokens."""
+
+    num_prompts: int
+    max_concurrency: int
+    output_len: int
+    texts: tuple[str, ...] = ()
+    num_words: int = 0
+    num_images: int = 1
+    size: PictureSize = PictureSize(1024, 1024)
+
+    def prompts(self, rng: np.random.Generator, pictures: Pictures, num_prompts: int) -> list[Prompt]:
+        """The first `num_prompts`, made whole."""
+        made: list[Prompt] = []
+        sizes = [self.size] * self.num_images
+        while len(made) < num_prompts:
+            urls = [pictures.next(rng, size) for size in sizes]
+            texts = self.texts or (random_words(rng, self.num_words),)
+            made += [Prompt(text, urls, self.output_len, sizes) for text in texts[: num_prompts - len(made)]]
+        return [made[index] for index in rng.permutation(num_prompts)] if len(self.texts) > 1 else made
 
 
-def _noise(rng: np.random.Generator, height: int, width: int) -> Image.Image:
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+WORKLOADS = {
+    "caption": Workload(num_prompts=192, max_concurrency=64, output_len=128, texts=("Describe this image in detail.",)),
+    "sameimage": Workload(num_prompts=256, max_concurrency=64, output_len=64, texts=_QUESTIONS),
+    "multi": Workload(
+        num_prompts=64, max_concurrency=32, output_len=64, texts=("Compare these images.",), num_images=8,
+        size=PictureSize(448, 448),
+    ),
+    "text": Workload(num_prompts=256, max_concurrency=128, output_len=128, num_words=512, num_images=0),
+    "decode": Workload(
+        num_prompts=128, max_concurrency=128, output_len=512, texts=("Tell a long story about it.",), size=PictureSize(448, 448)
+    ),
+    "single": Workload(num_prompts=8, max_concurrency=1, output_len=64, texts=("Describe this image in detail.",)),
+}  # fmt: skip
+# Before each of them, and not counted.
+WARMUP = Workload(num_prompts=16, max_concurrency=8, output_len=8, texts=("Hi",), size=PictureSize(640, 480))

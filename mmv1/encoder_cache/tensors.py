@@ -16,11 +16,14 @@ from mmv1.step import ENCODER_CACHE_PAGE_ROWS
 
 
 class EncoderCacheTensors:
-    """`width`: numbers in a row, which is one picture token's embedding. `capacity_bytes` is rounded down to whole pages."""
+    """`width`: numbers in a row, which is one picture token's embedding. `capacity_bytes` is rounded down to whole pages.
+
+    `slab` [rows, width] holds the embeddings. Pages are freed and allocated on one thread; `rows` of an embedding that nobody
+    frees meanwhile may be asked on another."""
 
     def __init__(self, capacity_bytes: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         num_pages = capacity_bytes // (ENCODER_CACHE_PAGE_ROWS * width * dtype.itemsize)
-        self._slab = torch.empty(num_pages * ENCODER_CACHE_PAGE_ROWS, width, dtype=dtype, device=device)
+        self.slab = torch.empty(num_pages * ENCODER_CACHE_PAGE_ROWS, width, dtype=dtype, device=device)
         self._free_pages = list(range(num_pages - 1, -1, -1))
         self._pages: dict[bytes, np.ndarray] = {}  # mm_hash -> its pages, int64, in the order of its rows
 
@@ -59,8 +62,4 @@ class EncoderCacheTensors:
 
     def write(self, rows: torch.Tensor, embeddings: torch.Tensor) -> None:
         """`rows` int64 [n] and `embeddings` [n, width], on the device."""
-        self._slab.index_copy_(0, rows, embeddings)
-
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, width] of `rows` int64 [n], on the device."""
-        return self._slab.index_select(0, rows)
+        self.slab.index_copy_(0, rows, embeddings)

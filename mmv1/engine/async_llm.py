@@ -20,7 +20,7 @@ from mmv1.config import EngineConfig
 from mmv1.engine.client import EngineClient
 from mmv1.engine.output_processor import CompletionDelta, CompletionOutput, OutputProcessor, RequestOutput
 from mmv1.engine.sampling import check_sampling_params
-from mmv1.errors import ConfigError, ContextLengthError, EngineDeadError, MMV1Error, RequestError
+from mmv1.errors import ConfigError, ContextLengthError, EngineDeadError, EngineError, MMV1Error, RequestError
 from mmv1.log import logger
 from mmv1.preprocess.image_settings import NOTHING_SAID, ImageSettings
 from mmv1.preprocess.media import ImageSource
@@ -122,10 +122,11 @@ class AsyncLLM:
                 core_ids.append(request.request_id)
                 self._outputs.add_request(request, parent_id=request_id, index=index, emit=stream.emit)
                 self._client.send(request)
+            num_image_tokens = prepared.num_image_tokens
             while not stream.finished:
                 output = await stream.next()
                 output.prompt_token_ids = prepared.prompt_token_ids
-                output.num_image_tokens = prepared.num_image_tokens
+                output.num_image_tokens = num_image_tokens
                 yield output
             core_ids.clear()
         finally:
@@ -213,6 +214,20 @@ class AsyncLLM:
         await self._client.ping()
         return self._stats
 
+    async def profile(self, *, start: bool) -> None:
+        """Start to record a trace of the engine, or stop and write it. Raises RequestError when it is already so, or when the
+        settings name no directory for traces."""
+        trace_dir = self.config.device.torch_profiler_dir
+        if trace_dir is None:
+            raise RequestError("this server was started without --torch-profiler-dir", code="no_profiler", status=404)
+        self._raise_if_dead()
+        try:
+            await self._client.profile(trace_dir if start else None)
+        except EngineDeadError:
+            raise
+        except EngineError as error:
+            raise RequestError(str(error), code="profile_failed", status=409) from error
+
     def reset_caches(self) -> None:
         """Make the engine forget every unreferenced KV block and embedding (benchmarks and tests)."""
         self._client.send(ResetCaches())
@@ -233,7 +248,7 @@ class _Stream:
         self._num_open = num_answers
         self._deltas: list[CompletionDelta] = []
         self._error: MMV1Error | None = None
-        self._event = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # set by a reader that waits
         self.finished = False
 
     def emit(self, delta: CompletionDelta) -> None:
@@ -241,28 +256,35 @@ class _Stream:
             self.fail(delta.error)
             return
         self._deltas.append(delta)
-        self._event.set()
+        self._wake()
 
     def fail(self, error: MMV1Error) -> None:
         self._error = self._error or error
-        self._event.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
     async def next(self) -> RequestOutput:
         """All that is new, waiting for the first of it. Raises the request's error once its text has been read."""
-        await self._event.wait()
-        self._event.clear()
+        if not self._deltas and self._error is None:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         deltas, self._deltas = self._deltas, []
         if not deltas and self._error is not None:
             raise self._error
-        if self._error is not None:
-            self._event.set()
         by_answer: dict[int, list[CompletionOutput]] = {}
+        num_cached_tokens = 0
         for delta in deltas:
-            by_answer.setdefault(delta.output.index, []).append(delta.output)
-            self._num_open -= delta.output.finish_reason is not None
+            output = delta.output
+            by_answer.setdefault(output.index, []).append(output)
+            self._num_open -= output.finish_reason is not None
+            # Of n answers the later ones find the first one's fresh blocks: only the first says what was there before.
+            if output.index == 0 and delta.num_cached_tokens > num_cached_tokens:
+                num_cached_tokens = delta.num_cached_tokens
         self.finished = self._num_open == 0
-        # Of n answers the later ones find the first one's fresh blocks: only the first says what was there before.
-        num_cached_tokens = max((delta.num_cached_tokens for delta in deltas if delta.output.index == 0), default=0)
         outputs = [merge_outputs(parts) for parts in by_answer.values()]
         return RequestOutput(self._request_id, outputs, deltas[0].num_prompt_tokens, num_cached_tokens, self.finished)
 

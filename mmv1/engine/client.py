@@ -10,12 +10,24 @@ from pathlib import Path
 
 from mmv1.config import EngineConfig
 from mmv1.engine.launch import INPUT_SOCKET, OUTPUT_SOCKET, EngineProcess
-from mmv1.errors import ConfigError, EngineDeadError
+from mmv1.errors import ConfigError, EngineDeadError, EngineError
 from mmv1.log import logger
-from mmv1.types import EngineCoreInput, EngineCoreMessage, EngineCoreOutputs, EngineDead, EngineReady, Ping, Pong
+from mmv1.types import (
+    EngineCoreInput,
+    EngineCoreMessage,
+    EngineCoreOutputs,
+    EngineDead,
+    EngineReady,
+    Ping,
+    Pong,
+    ProfileAnswer,
+    StartProfile,
+    StopProfile,
+)
 from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
 
 _PING_TIMEOUT_S = 2.0
+_PROFILE_TIMEOUT_S = 600.0  # the trace of minutes is gigabytes
 # Requests that stand still for longer are stuck. A long prompt of a large model takes minutes on a CPU.
 _MAX_STALL_S = {"cpu": 900.0}
 _MAX_STALL_ELSEWHERE_S = 60.0
@@ -34,7 +46,8 @@ class EngineClient:
         self._tasks: list[asyncio.Task[None]] = []
         self._ready: asyncio.Future[EngineReady] | None = None
         self._pings: dict[int, asyncio.Future[Pong]] = {}
-        self._ping_ids = itertools.count(1)
+        self._profile_calls: dict[int, asyncio.Future[ProfileAnswer]] = {}
+        self._call_ids = itertools.count(1)
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._max_stall_s = _MAX_STALL_ELSEWHERE_S
         self.death: str | None = None
@@ -78,7 +91,7 @@ class EngineClient:
         """The step loop's answer, which comes with its newest counters. Raises EngineDeadError."""
         if self.death is not None:
             raise EngineDeadError(self.death)
-        ping_id = next(self._ping_ids)
+        ping_id = next(self._call_ids)
         answer = self._pings[ping_id] = asyncio.get_running_loop().create_future()
         self.send(Ping(ping_id))
         try:
@@ -87,6 +100,22 @@ class EngineClient:
             raise EngineDeadError("the engine's step loop does not answer") from None
         finally:
             del self._pings[ping_id]
+
+    async def profile(self, trace_dir: str | None) -> None:
+        """Start to record a trace, or with None stop and write it; returns when that is done. Raises EngineError."""
+        if self.death is not None:
+            raise EngineDeadError(self.death)
+        call_id = next(self._call_ids)
+        answer = self._profile_calls[call_id] = asyncio.get_running_loop().create_future()
+        self.send(StopProfile(call_id) if trace_dir is None else StartProfile(call_id, trace_dir))
+        try:
+            error = (await asyncio.wait_for(answer, _PROFILE_TIMEOUT_S)).error
+        except TimeoutError:
+            raise EngineDeadError("the engine does not answer") from None
+        finally:
+            del self._profile_calls[call_id]
+        if error is not None:
+            raise EngineError(error)
 
     async def close(self) -> None:
         """Stop the engine; whatever it was doing is dropped."""
@@ -128,6 +157,9 @@ class EngineClient:
     def _take_outputs(self, outputs: EngineCoreOutputs) -> None:
         if outputs.pong is not None and (answer := self._pings.get(outputs.pong.ping_id)) is not None and not answer.done():
             answer.set_result(outputs.pong)
+        for profiled in outputs.profile_answers:
+            if (call := self._profile_calls.get(profiled.call_id)) is not None and not call.done():
+                call.set_result(profiled)
         self._on_outputs(outputs)
 
     def _settle_ready(self, ready: EngineReady) -> None:

@@ -1,8 +1,9 @@
 """EngineCore: the step loop. Torch-free; knows messages, a scheduler and an executor.
 
-One condition wakes it: an event, which is a message from the API server or the completion of a step. It schedules the next
-step while up to `max_steps_in_flight` - 1 earlier ones run, applies results in order, and says after each what there is to say.
-It never spins: with nothing to schedule it waits.
+One condition wakes it: an event, which is a message from the API server or the completion of a step or an encode batch. It
+schedules the next step while up to `max_steps_in_flight` - 1 earlier ones run, and beside them, in no order with them, up to
+`max_encodes_in_flight` batches of pictures; it applies results, and says after each turn what there is to say. It never spins:
+with nothing to schedule it waits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from concurrent.futures import Future
 
 from mmv1.engine.executor import Executor
 from mmv1.scheduler.scheduler import Scheduler
-from mmv1.step import ModelRunnerOutput, SchedulerOutput, StageSeconds
+from mmv1.step import EncodeBatch, EncodeOutput, ModelRunnerOutput, SchedulerOutput
 from mmv1.types import (
     Abort,
     EngineCoreInput,
@@ -25,11 +26,14 @@ from mmv1.types import (
     FeatureReady,
     Ping,
     Pong,
+    ProfileAnswer,
     ResetCaches,
     SlabShort,
+    StartProfile,
+    StopProfile,
 )
 
-_STEP_DONE = object()
+_DONE = object()  # a step or an encode batch
 _STOP = object()
 
 
@@ -43,14 +47,17 @@ class EngineCore:
         publish: Callable[[EngineCoreOutputs], None],
         *,
         max_steps_in_flight: int = 2,
+        max_encodes_in_flight: int = 2,
     ) -> None:
         self.scheduler = scheduler
         self._executor = executor
         self._publish = publish
         self._max_steps_in_flight = max_steps_in_flight
+        self._max_encodes_in_flight = max_encodes_in_flight
         self._events: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._in_flight: deque[tuple[SchedulerOutput, Future[ModelRunnerOutput]]] = deque()
-        self._progress_at = time.monotonic()  # when a step was last finished, or the first request came
+        self._encodes_in_flight: deque[tuple[EncodeBatch, Future[EncodeOutput]]] = deque()
+        self._progress_at = time.monotonic()  # when a step or a batch was last finished, or the first request came
         self._outbox = EngineCoreOutputs()
         self._stopping = False
 
@@ -60,7 +67,7 @@ class EngineCore:
         self._events.put(message)
 
     def stop(self) -> None:
-        """Make `run` return after the steps in flight."""
+        """Make `run` return after the steps and batches in flight."""
         self._events.put(_STOP)
 
     def fail(self, error: Exception) -> None:
@@ -70,46 +77,69 @@ class EngineCore:
     # ---- the loop -------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until stopped. An exception from here, a failed step's included, means the engine is dead."""
-        while not self._stopping or self._in_flight:
+        """Until stopped. An exception from here, a failed step's or batch's included, means the engine is dead."""
+        while not self._stopping or self._in_flight or self._encodes_in_flight:
             self.run_once()
         self._executor.shutdown()
 
     def run_once(self) -> None:
         """Launch what can be launched; take in all events there are, waiting for one if nothing else can be done; apply what
         finished; tell."""
-        may_launch_more = self._launch()
+        launched = self._launch()
         self._collect_pixel_messages()
-        if not may_launch_more:
+        if not launched:
             self._tell()  # nothing may be left untold while waiting
-        self._take_events(wait=not may_launch_more)
+        self._take_events(wait=not launched)
+        self._apply_results()
+        self._outbox.outputs += self.scheduler.take_failed()
+        self._collect_pixel_messages()
+        self._tell()
+
+    def _apply_results(self) -> None:
+        stats = self.scheduler.stats
+        while self._encodes_in_flight and self._encodes_in_flight[0][1].done():
+            batch, encoding = self._encodes_in_flight.popleft()
+            self._progress_at = time.monotonic()
+            stats.encode_seconds += encoding.result().seconds
+            self.scheduler.update_encode(batch)
         while self._in_flight and self._in_flight[0][1].done():
             step, future = self._in_flight.popleft()
             self._progress_at = time.monotonic()
             result = future.result()
             self._outbox.outputs += self.scheduler.update(step, result)
-            self._count_seconds(result.seconds)
-        self._outbox.outputs += self.scheduler.take_failed()
-        self._collect_pixel_messages()
-        self._tell()
-
-    def _count_seconds(self, seconds: StageSeconds) -> None:
-        stats = self.scheduler.stats
-        stats.encode_seconds += seconds.encode
-        stats.prefill_seconds += seconds.prefill
-        stats.decode_seconds += seconds.decode
+            stats.prefill_seconds += result.seconds.prefill
+            stats.decode_seconds += result.seconds.decode
 
     def _launch(self) -> bool:
-        """Schedule and submit one step if there is one and room for it. Whether it is worth trying again at once."""
-        if self._stopping or len(self._in_flight) >= self._max_steps_in_flight:
+        """Schedule and submit what there is and is room for: encode batches before a step, since it is they that requests
+        stand before. Whether anything was launched, so that it is worth trying again at once."""
+        if self._stopping:
+            return False
+        # Once more behind the step, which may have changed what is needed or may be evicted.
+        return any([self._launch_encodes(), self._launch_step(), self._launch_encodes()])
+
+    def _launch_encodes(self) -> bool:
+        launched = False
+        while len(self._encodes_in_flight) < self._max_encodes_in_flight:
+            batch = self.scheduler.schedule_encode()
+            if batch is None:
+                break
+            future = self._executor.submit_encode(batch)
+            self._encodes_in_flight.append((batch, future))
+            future.add_done_callback(lambda _: self._events.put(_DONE))
+            launched = True
+        return launched
+
+    def _launch_step(self) -> bool:
+        if len(self._in_flight) >= self._max_steps_in_flight:
             return False
         step = self.scheduler.schedule()
         if step is None:
             return False
         future = self._executor.submit(step)
         self._in_flight.append((step, future))
-        future.add_done_callback(lambda _: self._events.put(_STEP_DONE))
-        return len(self._in_flight) < self._max_steps_in_flight
+        future.add_done_callback(lambda _: self._events.put(_DONE))
+        return True
 
     def _take_events(self, *, wait: bool) -> None:
         try:
@@ -141,11 +171,24 @@ class EngineCore:
                 self._outbox.pong = Pong(event.ping_id, stalled_s)
             case ResetCaches():
                 scheduler.reset_caches()
+            case StartProfile():
+                self._profile(event.call_id, event.trace_dir)
+            case StopProfile():
+                self._profile(event.call_id, None)
+            case ProfileAnswer():
+                self._outbox.profile_answers.append(event)
             case Exception():
                 raise event
             case _ if event is _STOP:
                 self._stopping = True
                 scheduler.abort(list(scheduler.requests))
+
+    def _profile(self, call_id: int, trace_dir: str | None) -> None:
+        def answer(future: Future[None]) -> None:
+            error = future.exception()
+            self._events.put(ProfileAnswer(call_id, None if error is None else str(error)))
+
+        self._executor.profile(trace_dir).add_done_callback(answer)
 
     def _collect_pixel_messages(self) -> None:
         requests, releases = self.scheduler.take_pixel_messages()
@@ -156,7 +199,7 @@ class EngineCore:
 
     def _tell(self) -> None:
         news = self._outbox
-        if news.outputs or news.pixel_requests or news.pixel_releases or news.pong or news.stats:
+        if news.outputs or news.pixel_requests or news.pixel_releases or news.pong or news.stats or news.profile_answers:
             news.stats = self.scheduler.snapshot()
             self._outbox = EngineCoreOutputs()
             self._publish(news)

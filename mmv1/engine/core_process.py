@@ -107,8 +107,10 @@ def build_core(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_encoder_tokens=limits.max_num_encoder_tokens,
         policy=limits.policy,
+        chunked_prefill=limits.enable_chunked_prefill,
+        keeps_embeddings=cache.encoder_cache,
     )
-    core = EngineCore(scheduler, UniProcExecutor(worker), output.put)
+    core = EngineCore(scheduler, UniProcExecutor(worker), output.put, max_steps_in_flight=2 if limits.async_scheduling else 1)
     ready = EngineReady(
         max_model_len=max_model_len,
         num_kv_blocks=num_blocks - 1,

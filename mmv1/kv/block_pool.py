@@ -78,6 +78,7 @@ class BlockPool:
         self.blocks = [KVBlock(block_id) for block_id in range(num_blocks)]
         self._free = FreeQueue(self.blocks[NULL_BLOCK_ID + 1 :])
         self._cached: dict[bytes, KVBlock] = {}
+        self.num_evictions = 0  # of cached content, since start
 
     @property
     def num_usable(self) -> int:
@@ -97,11 +98,16 @@ class BlockPool:
         for _ in range(count):
             block = self._free.pop_left()
             if block.block_hash is not None:
-                del self._cached[block.block_hash]
-                block.block_hash = None
+                self._evict(block)
             block.ref_count = 1
             taken.append(block)
         return taken
+
+    def _evict(self, block: KVBlock) -> None:
+        assert block.block_hash is not None
+        del self._cached[block.block_hash]
+        block.block_hash = None
+        self.num_evictions += 1
 
     def touch(self, blocks: Iterable[KVBlock]) -> None:
         """Add a reference to each: they leave the free queue if they were in it."""
@@ -131,8 +137,7 @@ class BlockPool:
         """Empty the prefix cache of everything no live request holds."""
         for block in self._free:
             if block.block_hash is not None:
-                del self._cached[block.block_hash]
-                block.block_hash = None
+                self._evict(block)
 
     def check_integrity(self) -> None:
         """Raise if the ledger contradicts itself (tests)."""

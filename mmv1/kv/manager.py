@@ -41,6 +41,29 @@ class KVCacheManager:
             found.append(block)
         return found
 
+    def finds_more(self, request: Request) -> bool:
+        """Whether somebody else has filled the block that a running request's next token goes to. Costs one look-up; how far
+        the prefix goes by now is `find_prefix`'s to say. False near the request's end, as `find_prefix` leaves a token."""
+        index = request.num_computed_tokens // self.block_size
+        if self._hasher is None or (index + 1) * self.block_size >= request.num_tokens:
+            return False
+        self._hasher.extend(request, index + 1)
+        return self.pool.find(request.block_hashes[index]) is not None
+
+    def adopt(self, request: Request, prefix: list[KVBlock]) -> None:
+        """Exchange all that the request holds for a longer prefix that others have computed. It cannot lack room: nothing is
+        taken but what is found."""
+        held = self._held[request.request_id]
+        self.pool.touch(prefix)
+        self.pool.release(held)
+        self._held[request.request_id] = list(prefix)
+        self._num_published[request.request_id] = len(prefix)
+        request.kv_capacity = len(prefix) * self.block_size
+
+    def block_ids(self, request: Request) -> list[int]:
+        """Of all the blocks the request holds, in order."""
+        return [block.block_id for block in self._held[request.request_id]]
+
     def allocate(self, request: Request, num_tokens: int, prefix: list[KVBlock] | None = None) -> list[int] | None:
         """Give the request room for its first `num_tokens` tokens and publish the blocks that its confirmed tokens fill.
 

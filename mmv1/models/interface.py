@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from mmv1.models.layers.rotary import Rope
+
 GridTHW = tuple[int, int, int]  # frames, rows, columns, in patches
 
 
@@ -26,6 +28,7 @@ class AttentionLayerSpec(NamedTuple):
     """What the KV cache must hold for one layer, in the order of the layers."""
 
     name: str
+    num_heads: int
     num_kv_heads: int
     head_dim: int
 
@@ -34,17 +37,35 @@ class StepAttention(Protocol):
     """Causal attention of one step's tokens over the KV cache; `layer_index` chooses the layer's cache."""
 
     def __call__(
-        self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer_index: int,
+        qkv: torch.Tensor,
+        num_kv_heads: int,
+        rope: Rope,
+        scale: float,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
     ) -> torch.Tensor:
-        """Store `key` and `value` [T, KV, D], then attend with `query` [T, H, D]. Returns [T, H, D]."""
+        """`qkv` [T, H + 2 KV, D]: queries, keys and values as projected. Normalise each head of queries and keys (weights [D];
+        None: not), rotate them, store keys and values, attend. Returns [T, H, D]."""
         ...
+
+
+class SegmentRoom(NamedTuple):
+    """What a plan is padded to."""
+
+    num_segments: int
+    longest: int  # tokens of a segment, and of all of them
 
 
 class VarlenAttention(Protocol):
     """Attention without a cache or a causal order, inside each segment of a packed sequence (vision towers)."""
 
-    def plan_varlen(self, seqlens: Sequence[int], device: torch.device) -> Any:
-        """What can be worked out once for all layers, from the segments' lengths in order (none of them 0)."""
+    def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> Any:
+        """What can be worked out once for all layers, from the segments' lengths in order (none of them 0). With `room`: a tuple
+        whose tensors have the same shapes whatever the lengths, so that a recording can be given others; tokens in no segment
+        have an undefined result."""
         ...
 
     def varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Any, scale: float) -> torch.Tensor:
@@ -67,19 +88,23 @@ class Model(Protocol):
         predecessor's by one on every axis, after the prompt's largest."""
         ...
 
-    def encode_images(
-        self, patches: torch.Tensor, grids: Sequence[GridTHW], attention: VarlenAttention
-    ) -> torch.Tensor:
-        """Embeddings of several pictures, one after another: [sum of their tokens, embedding_width].
-
-        `patches` is uint8 [sum of patches, patch_bytes], in the order and layout of the pixel slab."""
+    def lay_out_images(
+        self, grids: Sequence[GridTHW], attention: VarlenAttention, num_patches: int | None = None
+    ) -> tuple[Any, ...] | None:
+        """What `encode_images` must know of pictures with these grids. With `num_patches`: padded to as many, in tensors of the
+        same shapes whatever the pictures; None when these do not fit."""
         ...
 
-    def embed(
-        self, input_ids: torch.Tensor, image_index: torch.Tensor | None, image_embeddings: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The input of `forward` for tokens [T]: those at `image_index` [M] take rows of `image_embeddings`
-        [M, embedding_width] instead of their token's embedding. What it returns only `forward` need understand."""
+    def encode_images(self, patches: torch.Tensor, layout: Any, attention: VarlenAttention) -> torch.Tensor:
+        """Embeddings of several pictures, one after another: [sum of their tokens, embedding_width].
+
+        `patches` is uint8 [sum of patches, patch_bytes], in the order and layout of the pixel slab. Where it is padded, so is
+        the result."""
+        ...
+
+    def embed(self, input_ids: torch.Tensor, image_rows: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
+        """The input of `forward` for tokens [T]: where `image_rows` int32 [T] is not -1, that row of `image_embeddings`
+        [any, embedding_width] instead of the token's embedding. What it returns only `forward` need understand."""
         ...
 
     def forward(self, inputs: torch.Tensor, positions: torch.Tensor, attention: StepAttention) -> torch.Tensor:

@@ -79,9 +79,14 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, hidden: torch.Tensor, rope: Rope, attention: StepAttention) -> torch.Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, attention)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor, rope: Rope, attention: StepAttention, next_norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden` is the residual stream as this layer's first norm gives it; returns what `next_norm` gives, and the stream.
+        So each addition and the norm after it are one operation."""
+        update = self.self_attn(hidden, rope, attention)
+        hidden, residual = self.post_attention_layernorm.add(update, residual)
+        return next_norm.add(self.mlp(hidden), residual)
 
 
 class Qwen2Model(nn.Module):
@@ -94,8 +99,10 @@ class Qwen2Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MRotaryEmbedding(config.head_dim, config.rope_theta, config.mrope_section)
 
-    def forward(self, hidden: torch.Tensor, positions: torch.Tensor, attention: StepAttention) -> torch.Tensor:
-        rope = self.rotary_emb(positions, hidden.dtype)
-        for layer in self.layers:
-            hidden = layer(hidden, rope, attention)
-        return self.norm(hidden)
+    def forward(self, embedded: torch.Tensor, positions: torch.Tensor, attention: StepAttention) -> torch.Tensor:
+        rope = self.rotary_emb(positions, embedded.dtype)
+        norms: list[Any] = [*(layer.input_layernorm for layer in self.layers), self.norm]
+        hidden, residual = norms[0](embedded), embedded
+        for layer, next_norm in zip(self.layers, norms[1:], strict=True):
+            hidden, residual = layer(hidden, residual, rope, attention, next_norm)
+        return hidden

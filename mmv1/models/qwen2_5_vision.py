@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mmv1.config import Normalization, positive_number, section, whole_number, whole_numbers
 from mmv1.errors import ConfigError
-from mmv1.models.interface import GridTHW, VarlenAttention
-from mmv1.models.layers.linear import Linear, empty_parameter
+from mmv1.kernels import ops_for
+from mmv1.models.interface import GridTHW, SegmentRoom, VarlenAttention
+from mmv1.models.layers.linear import Linear, aligned_size, empty_parameter
 from mmv1.models.layers.mlp import GatedMLP
 from mmv1.models.layers.norm import RMSNorm
 from mmv1.models.layers.rotary import AxialRotaryEmbedding, Rope
@@ -28,6 +28,10 @@ from mmv1.models.weights import Piece
 
 _NORM_EPS = 1e-6
 _GRIDS_KEPT = 256  # tables of at most a few hundred KiB each
+
+# Room in a padded layout: windows at the borders of a picture are not full, so there are more than patches would fill.
+_MOST_PICTURES = 16
+_PATCHES_PER_WINDOW = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,22 +91,29 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: VisionConfig, scale: Normalization) -> None:
         super().__init__()
         self._kernel = (config.hidden_size, config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.weight = empty_parameter(config.hidden_size, config.patch_numbers)
+        self._unit = config.spatial_merge_size**2
+        self.weight = empty_parameter(config.hidden_size, aligned_size(config.patch_numbers))
+        self.weight[:, config.patch_numbers :].zero_()
+        self._kernel_columns = config.patch_numbers
         # The very numbers of transformers' rescale_and_normalize, which folds the rescaling into mean and std in float32.
         for name, values in (("mean", scale.mean), ("std", scale.std)):
             folded = torch.tensor(values, dtype=torch.float32) * (1.0 / scale.rescale_factor)
-            self.register_buffer(name, folded.unsqueeze(1), persistent=False)
+            self.register_buffer(name, folded, persistent=False)
 
     def checkpoint_pieces(self, path: str) -> Iterator[Piece]:
-        yield Piece(self.weight, f"{path}.proj.weight", self._kernel, lambda kernel: kernel.float().sum(dim=2).flatten(1))
+        target = self.weight[:, : self._kernel_columns]
+        yield Piece(target, f"{path}.proj.weight", self._kernel, lambda kernel: kernel.float().sum(dim=2).flatten(1))
 
-    def normalize(self, patches: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, patch_numbers] to float32, bit for bit what the image processor gives."""
-        channels = patches.unflatten(-1, (self.mean.shape[0], -1)).float()
-        return channels.sub_(self.mean).div_(self.std).flatten(1)
+    def normalize(self, patches: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """[N, aligned width] in the weight's dtype: bit for bit what the image processor gives, then zeroes. `order` int64
+        [N / unit]: which merge unit of `patches` uint8 [N, patch_numbers] comes at each place."""
+        weight = self.weight
+        ops = ops_for(patches.device)
+        return ops.normalize_patches(patches, order, self._unit, self.mean, self.std, weight.shape[1], weight.dtype)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.normalize(patches).to(self.weight.dtype), self.weight)
+    def forward(self, patches: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """[N, hidden_size]."""
+        return ops_for(patches.device).linear(self.normalize(patches, order), self.weight, None)
 
 
 class VisionAttention(nn.Module):
@@ -117,7 +128,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, rope: Rope, attention: VarlenAttention, plan: Any) -> torch.Tensor:
         qkv = self.qkv(hidden).unflatten(-1, (3 * self._num_heads, -1))  # [N, 3 heads, head_dim]
-        query, key = rope.rotate(qkv[:, : 2 * self._num_heads]).chunk(2, dim=1)
+        rotated = ops_for(qkv.device).rotate_(qkv[:, : 2 * self._num_heads], rope.cos, rope.sin)
+        query, key = rotated.chunk(2, dim=1)
         attended = attention.varlen(query, key, qkv[:, 2 * self._num_heads :], plan, self._scale)
         return self.proj(attended.flatten(1))
 
@@ -130,9 +142,12 @@ class VisionBlock(nn.Module):
         self.norm2 = RMSNorm(config.hidden_size, _NORM_EPS)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
 
-    def forward(self, hidden: torch.Tensor, rope: Rope, attention: VarlenAttention, plan: Any) -> torch.Tensor:
-        hidden = hidden + self.attn(self.norm1(hidden), rope, attention, plan)
-        return hidden + self.mlp(self.norm2(hidden))
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor, rope: Rope, attention: VarlenAttention, plan: Any, next_norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `DecoderLayer.forward`: the residual stream normalised and as it is, in and out."""
+        hidden, residual = self.norm2.add(self.attn(hidden, rope, attention, plan), residual)
+        return next_norm.add(self.mlp(hidden), residual)
 
 
 class PatchMerger(nn.Module):
@@ -148,8 +163,9 @@ class PatchMerger(nn.Module):
             Linear(self._merged_size, config.out_hidden_size, bias=True),
         )
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.ln_q(hidden).view(-1, self._merged_size))
+    def forward(self, normed: torch.Tensor) -> torch.Tensor:
+        """`normed` [N, hidden_size] as `ln_q` gives it, a unit's patches next to each other."""
+        return self.mlp(normed.view(-1, self._merged_size))
 
 
 class GridTables(NamedTuple):
@@ -161,34 +177,67 @@ class GridTables(NamedTuple):
     window_seqlens: tuple[int, ...]  # patches in each window
 
 
+class TowerLayout(NamedTuple):
+    """What the tower must know of a batch's pictures, one after another, in window order; attention's plans among it."""
+
+    window_order: torch.Tensor  # int64 [units]
+    window_places: torch.Tensor  # int64 [units]
+    coordinates: torch.Tensor  # int64 [patches, 2]
+    full: Any
+    windows: Any
+
+
 class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, scale: Normalization) -> None:
         super().__init__()
         self._config = config
+        self._window_patches = (config.window_size // config.patch_size) ** 2
         self.patch_embed = PatchEmbed(config, scale)
         self.rotary_emb = AxialRotaryEmbedding(config.hidden_size // config.num_heads, config.rope_theta)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
         self._tables = lru_cache(maxsize=_GRIDS_KEPT)(self._make_tables)
 
-    def forward(self, patches: torch.Tensor, grids: Sequence[GridTHW], attention: VarlenAttention) -> torch.Tensor:
+    def lay_out(
+        self, grids: Sequence[GridTHW], attention: VarlenAttention, num_patches: int | None
+    ) -> TowerLayout | None:
+        """See `interface.Model.lay_out_images`."""
+        tables = [self._tables(height, width) for _, height, width in grids]
+        seqlens = [height * width for _, height, width in grids]
+        window_seqlens = [length for t in tables for length in t.window_seqlens]
+        orders = [t.window_order for t in tables], [t.window_places for t in tables]
+        coordinates = [t.coordinates for t in tables]
+        device = coordinates[0].device
+        room = window_room = None
+        if num_patches is not None:
+            room = SegmentRoom(_MOST_PICTURES, num_patches)
+            window_room = SegmentRoom(num_patches // _PATCHES_PER_WINDOW + _MOST_PICTURES, self._window_patches)
+            padding = num_patches - sum(seqlens)
+            if padding < 0 or len(seqlens) > room.num_segments or len(window_seqlens) > window_room.num_segments:
+                return None
+            units = torch.arange(padding // self._config.spatial_merge_size**2, device=device)
+            for order in orders:
+                order.append(units)
+            coordinates.append(coordinates[0].new_zeros(padding, 2))
+        return TowerLayout(
+            window_order=_concatenate(orders[0]),
+            window_places=_concatenate(orders[1]),
+            coordinates=torch.cat(coordinates),
+            full=attention.plan_varlen(seqlens, device, room),
+            windows=attention.plan_varlen(window_seqlens, device, window_room),
+        )
+
+    def forward(self, patches: torch.Tensor, layout: TowerLayout, attention: VarlenAttention) -> torch.Tensor:
         """`patches` uint8 [sum of patches, patch_numbers], each picture's in merge-unit order (row and column of the unit, then
         row and column inside it). Returns [sum of units, out_hidden_size], units in the same order."""
-        tables = [self._tables(height, width) for _, height, width in grids]
-        window_order = _concatenate([t.window_order for t in tables])
-        window_places = _concatenate([t.window_places for t in tables])
-        unit = self._config.spatial_merge_size**2
-        device = patches.device
-        plans = {
-            True: attention.plan_varlen([height * width for _, height, width in grids], device),
-            False: attention.plan_varlen([length for t in tables for length in t.window_seqlens], device),
-        }
-        rope = self.rotary_emb(torch.cat([t.coordinates for t in tables]))
-        patches = patches.unflatten(0, (-1, unit)).index_select(0, window_order).flatten(0, 1)
-        hidden = self.patch_embed(patches)
-        for index, block in enumerate(self.blocks):
-            hidden = block(hidden, rope, attention, plans[index in self._config.fullatt_block_indexes])
-        return self.merger(hidden).index_select(0, window_places)
+        rope = self.rotary_emb(layout.coordinates)
+        residual = self.patch_embed(patches, layout.window_order)
+        norms: list[Any] = [*(block.norm1 for block in self.blocks), self.merger.ln_q]
+        hidden = norms[0](residual)
+        for index, (block, next_norm) in enumerate(zip(self.blocks, norms[1:], strict=True)):
+            plan = layout.full if index in self._config.fullatt_block_indexes else layout.windows
+            hidden, residual = block(hidden, residual, rope, attention, plan, next_norm)
+        return self.merger(hidden).index_select(0, layout.window_places)
 
     def _make_tables(self, height: int, width: int) -> GridTables:
         merge = self._config.spatial_merge_size
@@ -204,11 +253,17 @@ class VisionTower(nn.Module):
         units_in_window = np.bincount(window_of_unit)
         device = self.patch_embed.weight.device
         return GridTables(
-            window_order=torch.from_numpy(order).to(device),
-            window_places=torch.from_numpy(np.argsort(order)).to(device),
-            coordinates=torch.from_numpy(coordinates).to(device),
+            window_order=_upload(order, device),
+            window_places=_upload(np.argsort(order), device),
+            coordinates=_upload(coordinates, device),
             window_seqlens=tuple((units_in_window * merge**2).tolist()),
         )
+
+
+def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for what it is at."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _concatenate(orders: list[torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from mmv1.errors import ConfigError
 from mmv1.models.interface import AttentionLayerSpec, GridTHW, ImageSpan, StepAttention, VarlenAttention
 from mmv1.models.layers.embedding import LMHead
 from mmv1.models.qwen2 import Qwen2Config, Qwen2Model
-from mmv1.models.qwen2_5_vision import VisionConfig, VisionTower
+from mmv1.models.qwen2_5_vision import TowerLayout, VisionConfig, VisionTower
 
 # Where checkpoints keep a part: the layout on the hub, then that of transformers 5's own modules.
 _CHECKPOINT_PREFIXES = {"visual.": "model.visual.", "model.": "model.language_model."}
@@ -39,7 +39,7 @@ class Qwen2_5_VL(nn.Module):
         self.patch_bytes = vision.patch_numbers
         self.spatial_merge_size = vision.spatial_merge_size
         self.attention_layers = [
-            AttentionLayerSpec(f"model.layers.{index}.self_attn", text.num_kv_heads, text.head_dim)
+            AttentionLayerSpec(f"model.layers.{index}.self_attn", text.num_heads, text.num_kv_heads, text.head_dim)
             for index in range(text.num_layers)
         ]
 
@@ -75,16 +75,16 @@ class Qwen2_5_VL(nn.Module):
         positions[:, token:] = np.arange(position, position + prompt_len - token, dtype=np.int32)
         return positions
 
-    def encode_images(self, patches: torch.Tensor, grids: Sequence[GridTHW], attention: VarlenAttention) -> torch.Tensor:
-        return self.visual(patches, grids, attention)
+    def lay_out_images(
+        self, grids: Sequence[GridTHW], attention: VarlenAttention, num_patches: int | None = None
+    ) -> TowerLayout | None:
+        return self.visual.lay_out(grids, attention, num_patches)
 
-    def embed(
-        self, input_ids: torch.Tensor, image_index: torch.Tensor | None, image_embeddings: torch.Tensor | None
-    ) -> torch.Tensor:
-        embeddings = self.model.embed_tokens(input_ids)
-        if image_index is not None and image_embeddings is not None:
-            embeddings.index_copy_(0, image_index, image_embeddings)
-        return embeddings
+    def encode_images(self, patches: torch.Tensor, layout: TowerLayout, attention: VarlenAttention) -> torch.Tensor:
+        return self.visual(patches, layout, attention)
+
+    def embed(self, input_ids: torch.Tensor, image_rows: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(input_ids, image_rows, image_embeddings)
 
     def forward(self, inputs: torch.Tensor, positions: torch.Tensor, attention: StepAttention) -> torch.Tensor:
         return self.model(inputs, positions, attention)

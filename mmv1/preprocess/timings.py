@@ -19,17 +19,21 @@ BOUNDS_S = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.25
 
 @dataclass(slots=True)
 class Histogram:
-    """`counts[i]`: observations of at most BOUNDS_S[i] seconds and more than the bound before; the last: more than all."""
+    """`counts[i]`: observations of at most bounds_s[i] seconds and more than the bound before; the last: more than all."""
 
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+    bounds_s: tuple[float, ...] = BOUNDS_S
+    counts: list[int] = field(init=False)
     sum_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds_s) + 1)
 
     @property
     def count(self) -> int:
         return sum(self.counts)
 
     def observe(self, seconds: float) -> None:
-        self.counts[bisect.bisect_left(BOUNDS_S, seconds)] += 1
+        self.counts[bisect.bisect_left(self.bounds_s, seconds)] += 1
         self.sum_s += seconds
 
 

@@ -1,9 +1,14 @@
-"""The runner's picture side: this step's pictures through the vision tower in one call, and embeddings for chunks."""
+"""The runner's picture side: pictures through the vision tower, several in one call, beside the steps.
+
+Encoding has a thread and a stream of its own. A step reads an embedding only when the scheduler has been told that it is
+complete, and room is taken only from embeddings that no step in flight reads; so the two never wait for each other here.
+"""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,15 +16,28 @@ import torch
 from mmv1.encoder_cache.tensors import EncoderCacheTensors
 from mmv1.errors import EngineError
 from mmv1.models.interface import Model
-from mmv1.runner.attention.backend import AttentionBackend
 from mmv1.runner.input_batch import InputBatch, StepInputs
-from mmv1.runner.platform import Platform
-from mmv1.step import EncoderInput
+from mmv1.runner.platform import DeviceTimer, Platform
+from mmv1.runner.tower_forward import TowerForward
+from mmv1.step import EncodeBatch, EncodeOutput, EncoderInput
 
 
 def map_pixel_slab(fd: int) -> np.ndarray:
-    """The slab behind a file descriptor as uint8, mapped read-only: bytes written by others appear in it."""
-    return np.frombuffer(mmap.mmap(fd, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ), dtype=np.uint8)
+    """The slab behind a file descriptor as uint8: bytes written by others appear in it. Writable, since a device's driver asks
+    for that, though nothing here writes."""
+    return np.frombuffer(mmap.mmap(fd, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE), dtype=np.uint8)
+
+
+class PendingEncode:
+    """A batch that has been launched. `wait` may be called on another thread."""
+
+    def __init__(self, batch_id: int, timer: DeviceTimer) -> None:
+        self._batch_id = batch_id
+        self._timer = timer
+
+    def wait(self) -> EncodeOutput:
+        """When this returns, the embeddings are complete and the pixels have been read."""
+        return EncodeOutput(self._batch_id, self._timer.wait())
 
 
 class EncoderRunner:
@@ -29,57 +47,50 @@ class EncoderRunner:
         self,
         model: Model,
         platform: Platform,
-        backend: AttentionBackend,
+        tower: TowerForward,
         cache: EncoderCacheTensors,
         pixel_slab: np.ndarray | None,
     ) -> None:
         self._model = model
         self._platform = platform
-        self._backend = backend
+        self._tower = tower
         self._cache = cache
-        self._slab = pixel_slab
+        self._slab = torch.from_numpy(np.empty(0, np.uint8) if pixel_slab is None else pixel_slab)
 
-    def encode(self, inputs: Sequence[EncoderInput]) -> None:
-        """Embed the pictures and keep the embeddings. A picture's pixels may be released once the step has been executed."""
-        if not inputs:
-            return
-        patches = self._read_patches(inputs)
-        embeddings = self._model.encode_images(
-            patches.to(self._platform.device, non_blocking=True), [x.grid_thw for x in inputs], self._backend
-        )
-        rows = np.concatenate([self._cache.allocate(x.mm_hash, x.num_tokens) for x in inputs])
-        self._cache.write(self._platform.upload(rows), embeddings)
+    @torch.inference_mode()
+    def encode(self, batch: EncodeBatch) -> PendingEncode:
+        """Launch: forget what was evicted, embed the pictures and keep the embeddings."""
+        with self._platform.on_encoder_stream():
+            timer = self._platform.timer()
+            self._cache.free(batch.free_mm_hashes)
+            if batch.inputs:
+                self._check(batch.inputs)
+                embeddings = self._tower([x.grid_thw for x in batch.inputs], partial(self._send_patches, batch.inputs))
+                rows = np.concatenate([self._cache.allocate(x.mm_hash, x.num_tokens) for x in batch.inputs])
+                self._cache.write(self._platform.upload(rows), embeddings)
+            timer.stop()
+            return PendingEncode(batch.batch_id, timer)
 
-    def _read_patches(self, inputs: Sequence[EncoderInput]) -> torch.Tensor:
-        patch_bytes = self._model.patch_bytes
-        slab_size = 0 if self._slab is None else self._slab.size
+    def _check(self, inputs: Sequence[EncoderInput]) -> None:
         for x in inputs:
             frames, height, width = x.grid_thw
-            if frames != 1 or x.nbytes != height * width * patch_bytes or x.offset + x.nbytes > slab_size:
+            is_whole = x.nbytes == height * width * self._model.patch_bytes
+            if frames != 1 or not is_whole or x.offset + x.nbytes > self._slab.numel():
                 raise EngineError(f"picture {x.mm_hash.hex()} with grid {x.grid_thw} does not lie at its place in the pixel slab")
-        staging = self._platform.staging(sum(x.nbytes for x in inputs), dtype=torch.uint8)
-        host, start = staging.numpy(), 0
-        for x in inputs:
-            host[start : start + x.nbytes] = self._slab[x.offset : x.offset + x.nbytes]  # type: ignore[index]
-            start += x.nbytes
-        return staging.view(-1, patch_bytes)
 
-    def gather(self, inputs: StepInputs, batch: InputBatch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """For the tokens of the step that lie in pictures: their places in the step, int64 [M], and their embeddings
-        [M, width]. A chunk may begin and end anywhere in a picture."""
-        places, rows = [], []
-        for i, request_id in enumerate(inputs.request_ids):
-            state, first = batch.state(request_id), int(inputs.computed[i])
-            if first >= state.features_end:
-                continue
-            last = first + int(inputs.query_lens[i])
-            for feature in state.features:
+    def _send_patches(self, inputs: Sequence[EncoderInput], patches: torch.Tensor) -> None:
+        """Fill `patches` uint8 [sum of patches, patch_bytes] on the device, straight from the slab."""
+        for x, place in zip(inputs, patches.view(-1).split([x.nbytes for x in inputs]), strict=True):
+            place.copy_(self._slab[x.offset : x.offset + x.nbytes], non_blocking=True)
+
+    def place_images(self, inputs: StepInputs, batch: InputBatch) -> None:
+        """Write into the step's `image_rows` which row of the encoder cache each token of a picture takes. A chunk may begin and
+        end anywhere in a picture."""
+        for i in inputs.in_pictures:
+            first = int(inputs.computed[i])
+            last, begin = first + int(inputs.query_lens[i]), int(inputs.starts[i]) - first
+            for feature in batch.state(inputs.request_ids[i]).features:
                 start, stop = max(first, feature.offset), min(last, feature.offset + feature.num_tokens)
                 if start < stop:
-                    begin = int(inputs.starts[i]) - first
-                    places.append(np.arange(begin + start, begin + stop))
-                    rows.append(self._cache.rows(feature.mm_hash, start - feature.offset, stop - feature.offset))
-        if not places:
-            return None, None
-        place_index, row_index = self._platform.upload_together(np.concatenate(places), np.concatenate(rows))
-        return place_index, self._cache.gather(row_index)
+                    rows = self._cache.rows(feature.mm_hash, start - feature.offset, stop - feature.offset)
+                    inputs.image_rows[begin + start : begin + stop] = rows

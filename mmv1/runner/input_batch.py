@@ -9,12 +9,12 @@ host needs no sampled id to go on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mmv1.errors import EngineError
-from mmv1.runner.attention.backend import AttentionMetadata
 from mmv1.runner.platform import Platform
 from mmv1.runner.positions import RequestPositions
 from mmv1.runner.sampling_columns import SamplingBatch, SamplingColumns
@@ -51,25 +51,51 @@ class RequestState:
 
     row: int
     features: list[MMFeature]
-    features_end: int  # in tokens; 0 without pictures
     positions: RequestPositions
+
+
+class TokenColumns(NamedTuple):
+    """What the model must know of each of a step's T tokens: views of one int32 [3 + axes, T], on the host or on the device."""
+
+    places: Any  # [T]: where in token_ids.flat the token's id is
+    slot_mapping: Any  # [T]: where its key and value go: block id * block_size + place in the block
+    image_rows: Any  # [T]: its row of the encoder cache; -1: a text token
+    positions: Any  # [axes, T]
+
+    @classmethod
+    def of(cls, packed: Any) -> TokenColumns:
+        return cls(packed[0], packed[1], packed[2], packed[3:])
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """One step, flattened: the tokens of R requests one after another, T in all; S of the requests sample."""
+    """One step on the host, flattened: the tokens of R requests one after another, T in all; S of the requests sample."""
 
     request_ids: list[str]
-    starts: np.ndarray  # int64 [R], host: a request's first token in the step
-    computed: np.ndarray  # int64 [R], host: tokens computed before the step
-    query_lens: np.ndarray  # int64 [R], host
-    input_ids: torch.Tensor  # int32 [T]
-    positions: torch.Tensor  # int32 [axes, T]
-    attention: AttentionMetadata
+    rows: np.ndarray  # int64 [R]: of the tables
+    starts: np.ndarray  # int64 [R]: a request's first token in the step
+    computed: np.ndarray  # int64 [R]: tokens computed before the step
+    query_lens: np.ndarray  # int64 [R]
+    packed: np.ndarray  # int32 [3 + axes, T]: see TokenColumns
+    in_pictures: list[int]  # the requests, by index, whose pictures are not all behind them before the step
     sampling_ids: list[str]  # of the S requests
-    sampling_rows: np.ndarray  # int64 [S], host
-    sampling_tokens: torch.Tensor  # int64 [S]: their last tokens in the step
-    sampled_places: torch.Tensor  # int64 [S]: where in token_ids.flat the sampled ids go
+    sampling_rows: np.ndarray  # int64 [S]
+    sampling_tokens: np.ndarray  # int64 [S]: their last tokens in the step
+    sampled_places: np.ndarray  # int64 [S]: where in token_ids.flat the sampled ids go
+
+    @property
+    def num_tokens(self) -> int:
+        return self.packed.shape[1]
+
+    @property
+    def seq_lens(self) -> np.ndarray:
+        """int64 [R]: tokens of each request once the step is computed."""
+        return self.computed + self.query_lens
+
+    @property
+    def image_rows(self) -> np.ndarray:
+        """int32 [T], to be written to."""
+        return TokenColumns.of(self.packed).image_rows
 
 
 class InputBatch:
@@ -83,13 +109,14 @@ class InputBatch:
         self._num_axes = num_position_axes
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = DeviceTable(platform, max_num_seqs, max_model_len + 1)  # and one sampled past the end
-        self._block_table = DeviceTable(platform, max_num_seqs, max_blocks)
+        self.block_table = DeviceTable(platform, max_num_seqs, max_blocks)
         self._block_ids = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_computed = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # known here or on the device, those in flight included
         self._position_delta = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_prompt = np.zeros(max_num_seqs, dtype=np.int64)
+        self._features_end = np.zeros(max_num_seqs, dtype=np.int64)
         self._sampling = SamplingColumns(max_num_seqs)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._states: dict[str, RequestState] = {}
@@ -112,7 +139,8 @@ class InputBatch:
             raise EngineError(f"a step brings request {data.request_id}, which is known already or one more than there are rows")
         row = self._free_rows.pop()
         end = data.mm_features[-1].offset + data.mm_features[-1].num_tokens if data.mm_features else 0
-        self._states[data.request_id] = RequestState(row, data.mm_features, end, positions)
+        self._states[data.request_id] = RequestState(row, data.mm_features, positions)
+        self._features_end[row] = end
         self.token_ids.write(row, 0, np.array(data.token_ids, dtype=np.int32))
         self._num_blocks[row] = 0
         self._append_blocks(row, data.block_ids)
@@ -130,13 +158,13 @@ class InputBatch:
         start = int(self._num_blocks[row])
         values = np.array(block_ids, dtype=np.int32)
         self._block_ids[row, start : start + len(values)] = values
-        self._block_table.write(row, start, values)
+        self.block_table.write(row, start, values)
         self._num_blocks[row] = start + len(values)
 
     def prepare(self, num_scheduled_tokens: dict[str, int]) -> StepInputs:
         """The step's inputs; its tokens count as computed from here on, and what it samples as known."""
         self.token_ids.flush()
-        self._block_table.flush()
+        self.block_table.flush()
         request_ids = list(num_scheduled_tokens)
         states = [self._states[request_id] for request_id in request_ids]
         rows = np.array([state.row for state in states], dtype=np.int64)
@@ -148,44 +176,30 @@ class InputBatch:
         starts = ends - query_lens
         token_row = np.repeat(rows, query_lens)  # [T]
         index = np.arange(ends[-1]) + np.repeat(computed - starts, query_lens)  # [T]: place in the request
-        positions = self._positions(states, token_row, index, starts, computed, query_lens)
+        packed = np.empty((3 + self._num_axes, len(index)), dtype=np.int32)
+        columns = TokenColumns.of(packed)
+        columns.places[:] = token_row * self.token_ids.width + index
         block = self._block_ids[token_row, index // self._block_size].astype(np.int64)
-        slot_mapping = block * self._block_size + index % self._block_size
+        columns.slot_mapping[:] = block * self._block_size + index % self._block_size
+        columns.image_rows[:] = -1
+        self._place(columns.positions, states, token_row, index, starts, computed, query_lens)
 
         samples = np.flatnonzero(seq_lens == self._num_tokens[rows])
         sampling_rows = rows[samples]
         self._num_computed[rows] = seq_lens
         self._num_tokens[sampling_rows] += 1
-        width = self.token_ids.width
-        token_places, slots, row_index, sampling_tokens, sampled_places = self._platform.upload_together(
-            token_row * width + index, slot_mapping, rows, ends[samples] - 1, sampling_rows * width + seq_lens[samples]
-        )
-        query_start_loc = np.zeros(len(rows) + 1, dtype=np.int32)
-        query_start_loc[1:] = ends
-        start_loc, lens, flat_positions = self._platform.upload_together(
-            query_start_loc, seq_lens.astype(np.int32), positions.reshape(-1)
-        )
-        max_blocks = int(-(-seq_lens.max() // self._block_size))
         return StepInputs(
             request_ids=request_ids,
+            rows=rows,
             starts=starts,
             computed=computed,
             query_lens=query_lens,
-            input_ids=self.token_ids.flat.index_select(0, token_places),
-            positions=flat_positions.view(self._num_axes, -1),
-            attention=AttentionMetadata(
-                query_lens=query_lens,
-                seq_lens=seq_lens,
-                query_start_loc=start_loc,
-                seq_lens_device=lens,
-                block_table=self._block_table.tensor[:, :max_blocks].index_select(0, row_index),
-                slot_mapping=slots,
-                block_size=self._block_size,
-            ),
+            packed=packed,
+            in_pictures=np.flatnonzero(computed < self._features_end[rows]).tolist(),
             sampling_ids=[request_ids[i] for i in samples],
             sampling_rows=sampling_rows,
-            sampling_tokens=sampling_tokens,
-            sampled_places=sampled_places,
+            sampling_tokens=ends[samples] - 1,
+            sampled_places=sampling_rows * self.token_ids.width + seq_lens[samples],
         )
 
     def _check(self, request_ids: list[str], rows: np.ndarray, seq_lens: np.ndarray) -> None:
@@ -195,24 +209,23 @@ class InputBatch:
             request_id = request_ids[int(broken.argmax())]
             raise EngineError(f"a step runs more tokens of request {request_id} than are known or have room")
 
-    def _positions(
+    def _place(
         self,
+        positions: np.ndarray,
         states: list[RequestState],
         token_row: np.ndarray,
         index: np.ndarray,
         starts: np.ndarray,
         computed: np.ndarray,
         query_lens: np.ndarray,
-    ) -> np.ndarray:
-        """int32 [axes, T]: past the prompt all axes agree, inside it the family has placed each token."""
-        positions = np.empty((self._num_axes, len(index)), dtype=np.int32)
+    ) -> None:
+        """Fill `positions` int32 [axes, T]: past the prompt all axes agree, inside it the family has placed each token."""
         positions[:] = index + self._position_delta[token_row]
         rows = token_row[starts]
         for i in np.flatnonzero(computed < self._num_prompt[rows]):
             start, first = int(starts[i]), int(computed[i])
             prompt = states[i].positions.prompt[:, first : first + int(query_lens[i])]
             positions[:, start : start + prompt.shape[1]] = prompt
-        return positions
 
     def sampling_batch(self, rows: np.ndarray) -> SamplingBatch:
         """The parameters of the requests at `rows`, for the token that `prepare` has just counted as known."""

@@ -1,4 +1,4 @@
-"""The order of a step, nothing else: learn what changed, encode, prepare, forward, logits, sample, hand over the output."""
+"""The order of a step, nothing else: learn what changed, prepare, forward, logits, sample, hand over the output."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import torch
 
 from mmv1.encoder_cache.tensors import EncoderCacheTensors
 from mmv1.models.interface import Model
-from mmv1.runner.attention.backend import AttentionBackend, PagedAttention
+from mmv1.runner.attention.backend import AttentionBackend
 from mmv1.runner.encoder_runner import EncoderRunner
-from mmv1.runner.input_batch import InputBatch
+from mmv1.runner.input_batch import InputBatch, StepInputs
 from mmv1.runner.platform import DeviceClock, HostCopy, Platform
 from mmv1.runner.positions import request_positions
 from mmv1.runner.sampler import Sampler, SamplerOutput
+from mmv1.runner.sampling_columns import SamplingBatch
+from mmv1.runner.step_forward import StepForward
+from mmv1.runner.tower_forward import TowerForward
 from mmv1.step import ModelRunnerOutput, NewRequestData, SchedulerOutput, StageSeconds
 from mmv1.types import TokenLogprobs
 
@@ -81,6 +84,7 @@ class ModelRunner:
         model: Model,
         platform: Platform,
         backend: AttentionBackend,
+        tower: TowerForward,
         kv_caches: Sequence[torch.Tensor],
         encoder_cache: EncoderCacheTensors,
         pixel_slab: np.ndarray | None,
@@ -91,10 +95,8 @@ class ModelRunner:
         seed: int,
     ) -> None:
         self._model = model
-        self._backend = backend
-        self._kv_caches = kv_caches
-        self._encoder_cache = encoder_cache
-        self._encoder = EncoderRunner(model, platform, backend, encoder_cache, pixel_slab)
+        self._platform = platform
+        self.encoder = EncoderRunner(model, platform, tower, encoder_cache, pixel_slab)
         self._batch = InputBatch(
             platform,
             max_num_seqs=max_num_seqs,
@@ -102,41 +104,54 @@ class ModelRunner:
             block_size=block_size,
             num_position_axes=model.num_position_axes,
         )
+        tables = self._batch.token_ids, self._batch.block_table
+        self._forward = StepForward(model, platform, backend, kv_caches, *tables, encoder_cache.slab, block_size)
         self._sampler = Sampler(platform, model.vocab_size)
         self._seed = seed
         self._clock = platform.clock()
 
     @torch.inference_mode()
+    def record(self, sizes: Sequence[int]) -> None:
+        """Record the steps of these numbers of tokens as graphs."""
+        with self._platform.on_step_stream():
+            self._forward.record(sizes)
+
+    @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> PendingOutput:
         """Launch a step. Raises EngineError when the step contradicts what the worker knows."""
+        with self._platform.on_step_stream():
+            return self._execute(step)
+
+    def _execute(self, step: SchedulerOutput) -> PendingOutput:
         self._clock.restart()
         self._update(step)
-        if step.encoder_inputs:
-            self._encoder.encode(step.encoder_inputs)
-            self._clock.lap({"encode": 1.0})
         if not step.num_scheduled_tokens:
             return PendingOutput(step.step_id, self._clock)
         inputs = self._batch.prepare(step.num_scheduled_tokens)
-        embedded = self._model.embed(inputs.input_ids, *self._encoder.gather(inputs, self._batch))
-        attention = PagedAttention(self._backend, self._kv_caches, inputs.attention)
-        hidden = self._model.forward(embedded, inputs.positions, attention)
+        self.encoder.place_images(inputs, self._batch)
+        hidden = self._forward(inputs)
         if not inputs.sampling_ids:
             self._clock.lap({"prefill": 1.0})
             return PendingOutput(step.step_id, self._clock)
-        logits = self._model.compute_logits(hidden.index_select(0, inputs.sampling_tokens))
-        token_ids = self._batch.token_ids
-        params = self._batch.sampling_batch(inputs.sampling_rows)
-        sampled = self._sampler(logits, params, token_ids.tensor)
-        token_ids.flat.index_copy_(0, inputs.sampled_places, sampled.token_ids.int())
+        sampled, params = self._sample(hidden, inputs)
         num_decoded = int((inputs.query_lens == 1).sum())  # all but a last token of a prompt that comes alone
         share = num_decoded / step.total_num_scheduled_tokens
         self._clock.lap({"prefill": 1.0 - share, "decode": share})
         return PendingOutput(step.step_id, self._clock, inputs.sampling_ids, sampled, params.logprobs)
 
+    def _sample(self, hidden: torch.Tensor, inputs: StepInputs) -> tuple[SamplerOutput, SamplingBatch]:
+        last_tokens, places = self._platform.upload_together(inputs.sampling_tokens, inputs.sampled_places)
+        if len(inputs.sampling_tokens) < inputs.num_tokens:
+            hidden = hidden.index_select(0, last_tokens)
+        params = self._batch.sampling_batch(inputs.sampling_rows)
+        token_ids = self._batch.token_ids
+        sampled = self._sampler(self._model.compute_logits(hidden), params, token_ids.tensor)
+        token_ids.flat.index_copy_(0, places, sampled.token_ids.int())
+        return sampled, params
+
     def _update(self, step: SchedulerOutput) -> None:
         for request_id in step.finished_request_ids:
             self._batch.remove(request_id)
-        self._encoder_cache.free(step.free_mm_hashes)
         for data in step.new_requests:
             positions = request_positions(self._model, data.num_prompt_tokens, data.mm_features)
             self._batch.add(data, positions, self._seed_of(data))

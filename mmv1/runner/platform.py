@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+
+from mmv1.log import logger
 
 
 class HostCopy:
@@ -72,19 +75,90 @@ class DeviceClock:
         return event
 
 
-class Platform:
-    """The device this process runs on: the first CUDA device it can see, else the CPU."""
+class DeviceTimer:
+    """Seconds from its making to `stop`, as the current stream gets there. `wait`, on any thread, is when that has happened."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_cuda: bool) -> None:
+        self._is_cuda = is_cuda
+        self._start = self._event()
+        self._end = self._start
+
+    def stop(self) -> None:
+        self._end = self._event()
+
+    def wait(self) -> float:
+        if not self._is_cuda:
+            return self._end - self._start
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1000
+
+    def _event(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record()
+        return event
+
+
+class Recorder:
+    """Records work to be launched again as one: a CUDA graph; elsewhere the function itself. All that one recorder has recorded
+    shares the memory of its intermediate results, and must therefore be replayed on one stream."""
+
+    def __init__(self, is_cuda: bool) -> None:
+        self._is_cuda = is_cuda
+        self._pool: Any = None
+
+    def record(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        """(replay, output): a replay runs again what `function` launched, on the same memory, and what it returned is then in
+        `output` until anything of this recorder is replayed.
+
+        Call on the stream of the replays, when the function has run before: kernels cannot be loaded while recording.
+        """
+        if not self._is_cuda:
+            output = function().clone()
+            return lambda: output.copy_(function()), output
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            output = function()
+        self._pool = graph.pool()
+        return graph.replay, output
+
+
+class Platform:
+    """The device this process runs on: the first CUDA device it can see, else the CPU.
+
+    On CUDA steps and the encoding of pictures run on streams of their own, and a step's kernels go first wherever both could.
+    `encoder_stream`: False puts pictures on the steps' stream, in line with them.
+    """
+
+    def __init__(self, *, encoder_stream: bool = True) -> None:
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self.is_cuda = self.device.type == "cuda"
-        self.default_attention_backend = "sdpa"
+        self._step_stream = self._encoder_stream = None
         if self.is_cuda:
             torch.cuda.set_device(self.device)
+            self._step_stream = torch.cuda.Stream(self.device, priority=-1)
+            self._encoder_stream = torch.cuda.Stream(self.device) if encoder_stream else self._step_stream
 
     @property
     def name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.is_cuda else "cpu"
+
+    @property
+    def num_sms(self) -> int:
+        """Multiprocessors; 1 for a CPU."""
+        return torch.cuda.get_device_properties(self.device).multi_processor_count if self.is_cuda else 1
+
+    def on_step_stream(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._step_stream) if self.is_cuda else nullcontext()
+
+    def on_encoder_stream(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._encoder_stream) if self.is_cuda else nullcontext()
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """`array` on the device. On a CPU the tensor shares the array's memory: do not write to it afterwards."""
@@ -98,11 +172,26 @@ class Platform:
         return self.upload(np.concatenate(arrays)).split([array.size for array in arrays])
 
     def staging(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Host memory to fill and then send with `.to(device, non_blocking=True)`."""
+        """Host memory to fill and then send with `copy_(..., non_blocking=True)`. It is not used again before that is done."""
         return torch.empty(shape, dtype=dtype, pin_memory=self.is_cuda)
+
+    def register(self, host: np.ndarray) -> None:
+        """Let the device read this memory by itself, so that transfers from it are asynchronous. The memory must live as long as
+        the process. Where that is not allowed (a limit on locked memory), transfers wait and nothing else changes."""
+        if not self.is_cuda:
+            return
+        result = torch.cuda.cudart().cudaHostRegister(host.ctypes.data, host.nbytes, 0)
+        if int(result) != 0:
+            logger.warning("The pixel slab cannot be registered with the device (error %d): transfers are slower", int(result))
+
+    def recorder(self) -> Recorder:
+        return Recorder(self.is_cuda)
 
     def clock(self) -> DeviceClock:
         return DeviceClock(self.is_cuda)
+
+    def timer(self) -> DeviceTimer:
+        return DeviceTimer(self.is_cuda)
 
     def start_measuring(self) -> None:
         """Forget earlier peaks of the device's memory."""
@@ -115,5 +204,9 @@ class Platform:
         peak = torch.cuda.max_memory_reserved(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         beside_torch = total - free - torch.cuda.memory_reserved(self.device)
-        torch.cuda.empty_cache()
         return int(total * utilization) - peak - beside_torch
+
+    def release_unused(self) -> None:
+        """Give memory that torch keeps for later back to the device."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()

@@ -3,15 +3,20 @@
 Order and meanings are vLLM's: penalties, temperature, min_p, top_k, top_p, then a draw. The draw is Gumbel-max (argmax of the
 logits plus Gumbel noise is a sample of their softmax), and the noise is a function of (the request's seed, the number of tokens
 generated so far, the token id): no generator state, the same draw whatever else is in the batch.
+
+Where fused kernels run, requests that ask for a temperature at most are served by one, in a pass over the logits as they are; the
+others of the batch go through torch, as all do elsewhere.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from mmv1.kernels import uses_fused
 from mmv1.runner.platform import Platform
 from mmv1.runner.sampling_columns import SamplingBatch
 
@@ -44,11 +49,35 @@ class Sampler:
     def __init__(self, platform: Platform, vocab_size: int) -> None:
         self._platform = platform
         self._vocab_size = vocab_size
+        self._fused = uses_fused(platform.device)
         counters = np.arange(1, vocab_size + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
         self._token_counters = platform.upload(counters.view(np.int64))  # [V]: a SplitMix64 stream's places
 
     def __call__(self, logits: torch.Tensor, batch: SamplingBatch, token_ids: torch.Tensor) -> SamplerOutput:
         """`logits` [S, V] as the model gives them; `token_ids` int32 [rows, width]: every known token, on the device."""
+        simple = _asks_for_no_more_than_a_temperature(batch) if self._fused else np.zeros(len(batch.rows), dtype=bool)
+        if not simple.any():
+            return self._choose(logits, batch, token_ids)
+        if simple.all():
+            return SamplerOutput(self._choose_fused(logits, batch), None)
+        which, others = np.flatnonzero(simple), np.flatnonzero(~simple)
+        places, other_places = self._platform.upload_together(which, others)
+        chosen = self._choose(logits.index_select(0, other_places), _select(batch, others), token_ids)
+        sampled = torch.empty(len(simple), dtype=torch.int64, device=logits.device)
+        sampled.index_copy_(0, places, self._choose_fused(logits.index_select(0, places), _select(batch, which)))
+        sampled.index_copy_(0, other_places, chosen.token_ids)
+        logprobs = chosen.logprobs
+        if logprobs is not None:
+            logprobs = logprobs._replace(requests=others[logprobs.requests])
+        return SamplerOutput(sampled, logprobs)
+
+    def _choose_fused(self, logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+        from mmv1.kernels.sampling import gumbel_argmax
+
+        keys = _stream_keys(batch.seed, batch.num_tokens - batch.num_prompt_tokens)
+        return gumbel_argmax(logits, self._platform.upload(batch.temperature), self._platform.upload(keys))
+
+    def _choose(self, logits: torch.Tensor, batch: SamplingBatch, token_ids: torch.Tensor) -> SamplerOutput:
         raw = logits.float()
         scores = self._penalize(raw, batch, token_ids)
         random = np.flatnonzero(batch.temperature > 0)
@@ -65,8 +94,7 @@ class Sampler:
         """`raw` itself, or a copy in which the requests that ask have their penalties: repetition for tokens of the prompt or
         the output (divides positive logits, multiplies negative ones; Keskar et al., 2019), presence and frequency for
         tokens of the output."""
-        asks = (batch.repetition_penalty != 1) | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0)
-        which = np.flatnonzero(asks)
+        which = np.flatnonzero(_asks_for_penalties(batch))
         if not len(which):
             return raw
         width = int(batch.num_tokens[which].max())
@@ -148,6 +176,21 @@ class Sampler:
         most = min(int(batch.logprobs[which].max()), self._vocab_size)
         top = logprobs.topk(most, dim=-1)
         return LogprobTensors(which, top.indices, top.values, chosen.squeeze(1), rank)
+
+
+def _asks_for_penalties(batch: SamplingBatch) -> np.ndarray:
+    return (batch.repetition_penalty != 1) | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0)
+
+
+def _asks_for_no_more_than_a_temperature(batch: SamplingBatch) -> np.ndarray:
+    """bool [S]. Limits on what may be drawn do not matter to a request that takes the likeliest token anyway."""
+    limited = (batch.temperature > 0) & ((batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0))
+    return ~(limited | _asks_for_penalties(batch) | (batch.logprobs >= 0))
+
+
+def _select(batch: SamplingBatch, which: np.ndarray) -> SamplingBatch:
+    """The requests at `which`."""
+    return SamplingBatch(**{field.name: getattr(batch, field.name)[which] for field in fields(batch)})
 
 
 def _logical_shift(z: torch.Tensor, bits: int) -> torch.Tensor:

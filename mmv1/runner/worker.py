@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,18 @@ from mmv1.config import EngineConfig
 from mmv1.encoder_cache.tensors import EncoderCacheTensors
 from mmv1.errors import EngineError
 from mmv1.host import available_memory_bytes
+from mmv1.kernels import disable_fused
 from mmv1.kv.tensors import allocate_kv_caches
 from mmv1.log import logger
 from mmv1.models.interface import Model
 from mmv1.models.registry import load_model
+from mmv1.runner import step_forward, tower_forward
 from mmv1.runner.attention import make_backend
-from mmv1.runner.encoder_runner import map_pixel_slab
+from mmv1.runner.encoder_runner import PendingEncode, map_pixel_slab
 from mmv1.runner.model_runner import ModelRunner, PendingOutput
 from mmv1.runner.platform import Platform
-from mmv1.step import CachedRequestData, KVCacheSpec, NewRequestData, SchedulerOutput
+from mmv1.runner.tower_forward import TowerForward
+from mmv1.step import CachedRequestData, EncodeBatch, KVCacheSpec, NewRequestData, SchedulerOutput
 from mmv1.types import SamplingParams
 
 _MOST_CPU_KV_BYTES = 4 << 30
@@ -41,11 +45,16 @@ class Worker:
         self._profiler: torch.profiler.profile | None = None
 
     def init_device(self) -> None:
-        """Choose the device and map the pixel slab."""
-        self.platform = Platform()
-        self.backend = make_backend(self.platform.default_attention_backend)
+        """Choose the device and how it is used, and map the pixel slab."""
+        device = self._config.device
+        if not device.fused_kernels:
+            disable_fused()
+        self.platform = Platform(encoder_stream=device.encoder_stream)
+        self.backend = make_backend(device.attention_backend, self.platform.device, self._dtype)
         if self._pixel_slab_fd is not None:
             self._pixel_slab = map_pixel_slab(self._pixel_slab_fd)
+            # Takes seconds for a large slab, and nothing waits for it: until it is done transfers are slower.
+            threading.Thread(target=self.platform.register, args=(self._pixel_slab,), name="register", daemon=True).start()
 
     @property
     def device_name(self) -> str:
@@ -58,6 +67,7 @@ class Worker:
     def load_model(self) -> None:
         """Raises ConfigError when the model directory does not fit what is supported."""
         self.model: Model = load_model(self._config.model, self.platform.device)
+        self._tower = TowerForward(self.model, self.platform, self.backend)
 
     def get_kv_cache_specs(self) -> list[KVCacheSpec]:
         """One group of layers today: all of them."""
@@ -84,9 +94,7 @@ class Worker:
         """
         cache = self._config.cache
         if self.platform.is_cuda:
-            self.platform.start_measuring()
-            self._run_largest_step()
-            return self.platform.measured_free_bytes(cache.gpu_memory_utilization)
+            return self._measure_free_bytes()
         most_blocks = self._config.scheduler.max_num_seqs * math.ceil(self._config.model.max_model_len / cache.block_size) + 1
         usable = most_blocks * cache.block_size * self.get_kv_cache_specs()[0].bytes_per_token()
         kv_bytes = min(_MOST_CPU_KV_BYTES, usable)
@@ -96,6 +104,8 @@ class Worker:
     def initialize_caches(self, num_blocks: int, encoder_cache_bytes: int) -> None:
         """Take the memory. `num_blocks` counts the null block."""
         self._runner = self._make_runner(num_blocks, encoder_cache_bytes)
+        self._record_steps(self._runner)
+        self.platform.synchronize()
         logger.info(
             "%s, %s, attention backend %s: %d KV blocks of %d tokens, %.1f MiB of picture embeddings",
             self.platform.name, self._config.model.dtype, self.backend.name, num_blocks, self._config.cache.block_size,
@@ -106,6 +116,10 @@ class Worker:
         """Launch a step; its result is had from `PendingOutput.wait`, on any thread."""
         return self._runner.execute(step)
 
+    def encode(self, batch: EncodeBatch) -> PendingEncode:
+        """Launch the encoding of pictures; may be called on another thread than `execute`."""
+        return self._runner.encoder.encode(batch)
+
     def profile(self, trace_dir: str | None) -> None:
         """Start recording into `trace_dir` (made if missing), or with None stop and write the trace there."""
         if trace_dir is None:
@@ -114,6 +128,8 @@ class Worker:
             self._profiler.stop()
             self._profiler = None
             return
+        if self._profiler is not None:
+            raise EngineError("a profile is being recorded already")
         Path(trace_dir).mkdir(parents=True, exist_ok=True)
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.platform.is_cuda:
@@ -132,6 +148,7 @@ class Worker:
             self.model,
             self.platform,
             self.backend,
+            self._tower,
             allocate_kv_caches(spec, num_blocks, block_size, self._dtype, device),
             EncoderCacheTensors(encoder_cache_bytes, self.model.embedding_width, self._dtype, device),
             self._pixel_slab,
@@ -141,22 +158,58 @@ class Worker:
             seed=self._config.model.seed,
         )
 
+    @property
+    def _uses_graphs(self) -> bool:
+        return self.platform.is_cuda and not self._config.device.enforce_eager
+
+    def _record_steps(self, runner: ModelRunner) -> None:
+        if self._uses_graphs:
+            most = self._config.scheduler.max_num_batched_tokens
+            runner.record([size for size in step_forward.GRAPH_SIZES if size <= most])
+
     @torch.inference_mode()
-    def _run_largest_step(self) -> None:
-        """A picture of the whole encoder budget, then a step of the whole token budget in which every request draws from a
-        limited vocabulary. All keys go to the null block."""
-        scheduler, merge = self._config.scheduler, self.model.spatial_merge_size
-        if self.model.patch_bytes:
-            side = math.isqrt(scheduler.max_num_encoder_tokens) * merge
-            patches = torch.zeros(side * side, self.model.patch_bytes, dtype=torch.uint8, device=self.platform.device)
-            self.model.encode_images(patches, [(1, side, side)], self.backend)
+    def _record_tower(self) -> None:
+        """Once: unlike a step, a batch of pictures reads no cache."""
+        if self._uses_graphs and self.model.patch_bytes and self.backend.name != "sdpa":
+            most = self._config.scheduler.max_num_encoder_tokens * self.model.spatial_merge_size**2
+            with self.platform.on_encoder_stream():
+                self._tower.record([size for size in tower_forward.GRAPH_SIZES if size <= most])
+
+    def _measure_free_bytes(self) -> int:
+        """What this server's share of the device leaves beside the measured peak of its largest work: recorded steps, a step
+        of the whole token budget and pictures of the whole encoder budget, each on its own stream, so that the memory of one
+        does not serve the other."""
+        self.platform.start_measuring()
         runner = self._make_runner(1, 0)
+        self._record_steps(runner)
+        self._record_tower()
+        self._encode_largest()
+        self._run_largest_step(runner)
+        free_bytes = self.platform.measured_free_bytes(self._config.cache.gpu_memory_utilization)
+        del runner
+        self.platform.release_unused()
+        return free_bytes
+
+    @torch.inference_mode()
+    def _encode_largest(self) -> None:
+        merge = self.model.spatial_merge_size
+        if self.model.patch_bytes:
+            side = math.isqrt(self._config.scheduler.max_num_encoder_tokens) * merge
+            with self.platform.on_encoder_stream():
+                self._tower([(1, side, side)], _blank)
+
+    def _run_largest_step(self, runner: ModelRunner) -> None:
+        """Requests draw in every way that the sampler does by itself: from a limited vocabulary, from all of it, greedily. All
+        keys go to the null block."""
+        scheduler = self._config.scheduler
         num_seqs = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         num_tokens = min(scheduler.max_num_batched_tokens // num_seqs, self._config.model.max_model_len)
         block_ids = [0] * math.ceil(num_tokens / self._config.cache.block_size)
-        params = SamplingParams(top_p=0.9, repetition_penalty=1.1)
+        limited = SamplingParams(top_p=0.9, repetition_penalty=1.1)
+        kinds = {1: SamplingParams(), 2: SamplingParams(temperature=0.0)}
         requests = [
-            NewRequestData(f"largest-{i}", [0] * num_tokens, num_tokens, [], params, block_ids, 0) for i in range(num_seqs)
+            NewRequestData(f"largest-{i}", [0] * num_tokens, num_tokens, [], kinds.get(i, limited), block_ids, 0)
+            for i in range(num_seqs)
         ]
         step = SchedulerOutput(
             step_id=0,
@@ -164,8 +217,10 @@ class Worker:
             total_num_scheduled_tokens=num_seqs * num_tokens,
             new_requests=requests,
             cached_requests=CachedRequestData([], []),
-            encoder_inputs=[],
-            free_mm_hashes=[],
             finished_request_ids=[],
         )
         runner.execute(step).wait()
+
+
+def _blank(patches: torch.Tensor) -> None:
+    patches.zero_()

@@ -1,7 +1,7 @@
 """Which pictures' pixels the core has asked for, and where they lie. Pixels are asked for when they turn out to be needed.
 
-A picture is here from the moment it is asked for until the step that encodes it has been executed, or until no live request
-wants it. The answer to an older ticket is recognised and dropped. Sizes are in patches, the unit both sides know.
+A picture is here from the moment it is asked for until the batch that encodes it is done, or until no live request wants it.
+The answer to an older ticket is recognised and dropped. Sizes are in patches, the unit both sides know.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from mmv1.types import FeatureFailed, FeatureReady, MMFeature, PixelRequest
 
 
 class PixelState:
-    __slots__ = ("encode_step", "nbytes", "num_patches", "offset", "ticket", "wanted_by")
+    __slots__ = ("is_encoding", "nbytes", "num_patches", "offset", "ticket", "wanted_by")
 
     def __init__(self, ticket: int, num_patches: int) -> None:
         self.ticket = ticket
         self.num_patches = num_patches
         self.wanted_by: set[str] = set()  # request ids
         self.offset = self.nbytes = -1  # in the slab, once ready
-        self.encode_step: int | None = None  # the last step that reads the slot, while it is in flight
+        self.is_encoding = False  # a batch in flight reads the slot: it cannot be given up
 
     @property
     def is_ready(self) -> bool:
@@ -71,34 +71,26 @@ class PixelLedger:
     def failed(self, message: FeatureFailed) -> list[str]:
         """Pixels cannot be had: the ids of the requests that wanted them."""
         state = self._states.get(message.mm_hash)
-        if state is None or state.ticket != message.ticket:
+        if state is None or state.ticket != message.ticket or state.is_ready:
             return []
         self._remove(message.mm_hash, state)
         return list(state.wanted_by)
 
-    def encoding(self, mm_hash: bytes, step_id: int) -> PixelState:
-        """The picture is being encoded by this step, which reads its slot."""
-        state = self._states[mm_hash]
-        state.encode_step = step_id
-        return state
-
-    def encoded(self, mm_hash: bytes, step_id: int) -> None:
-        """The step has been executed: the slot is released, unless a later step in flight reads it again."""
-        state = self._states.get(mm_hash)
-        if state is not None and state.encode_step == step_id:
-            self._remove(mm_hash, state)
-            self._releases.append(mm_hash)
+    def encoded(self, mm_hash: bytes) -> None:
+        """The batch that read the slot is done: it is released."""
+        self._remove(mm_hash, self._states[mm_hash])
+        self._releases.append(mm_hash)
 
     def make_room(self, urgency: Callable[[str, bytes], tuple[object, ...]]) -> None:
         """The slab is short: give up every slot, held or awaited, for the sake of the most urgent picture still awaited.
 
         `urgency(request_id, mm_hash)` orders all wants, the smallest first. What is given up will be asked for again, and
-        then waits behind what was kept. Slots that a step reads are not touched.
+        then waits behind what was kept. Slots that a batch in flight reads are not touched.
         """
         ranks = {
             mm_hash: min(urgency(request_id, mm_hash) for request_id in state.wanted_by)
             for mm_hash, state in self._states.items()
-            if state.encode_step is None
+            if not state.is_encoding
         }
         awaited = [rank for mm_hash, rank in ranks.items() if not self._states[mm_hash].is_ready]
         if not awaited:
@@ -114,7 +106,7 @@ class PixelLedger:
         for mm_hash in self._wanted.pop(request_id, ()):
             state = self._states[mm_hash]
             state.wanted_by.discard(request_id)
-            if not state.wanted_by and state.encode_step is None:
+            if not state.wanted_by and not state.is_encoding:
                 self._remove(mm_hash, state)
                 self._releases.append(mm_hash)
 

@@ -2,7 +2,8 @@
 
 There is no prefill and no decode here. Every request has computed some of its tokens and expects some; each pass hands out the
 token budget so that the first number catches up with the second, running requests before waiting ones. Chunked prefill, mixed
-batches, prefix hits and pictures are all this one rule, clipped (see encoder_inputs.py) where a picture cannot be had yet.
+batches, prefix hits and pictures are all this one rule, clipped (see clip.py) where a picture's embedding is not there yet.
+Pictures are encoded beside the steps, by batches of their own (see encoding.py).
 
 Steps are scheduled before the results of earlier ones are known. A token that a step in flight will sample counts as expected;
 its id is on the device when the next step needs it. Results are applied in order by `update`.
@@ -14,37 +15,26 @@ from __future__ import annotations
 
 from bisect import insort
 from copy import copy
-from dataclasses import dataclass, field
 from itertools import chain
 
 from mmv1.encoder_cache.manager import EncoderCacheManager
 from mmv1.kv.manager import KVCacheManager
 from mmv1.request import Request, RequestStatus
-from mmv1.scheduler.encoder_inputs import Clip, Picture, clip_chunk
+from mmv1.scheduler.clip import Clip, clip_chunk
+from mmv1.scheduler.encoding import MAX_PICTURES_AHEAD, EncodeScheduler
 from mmv1.scheduler.pixels import PixelLedger
-from mmv1.step import CachedRequestData, EncoderInput, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from mmv1.step import CachedRequestData, EncodeBatch, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from mmv1.types import (
     EngineCoreOutput,
     EngineCoreRequest,
     FeatureFailed,
     FeatureReady,
     FinishReason,
-    MMFeature,
     PixelRequest,
     SchedulerStats,
 )
 
-# Both bound the host cost of a long waiting queue, per pass.
-_MAX_PICTURES_AHEAD = 64  # pictures examined for encoding ahead
-_MAX_PASSED_OVER = 64  # waiting requests that can get no token now
-
-
-@dataclass
-class _InFlight:
-    """What to settle when a step has been executed."""
-
-    references: list[tuple[Request, int, int]] = field(default_factory=list)  # request, its num_preemptions then, picture index
-    encoded: list[bytes] = field(default_factory=list)
+_MAX_PASSED_OVER = 64  # waiting requests that can get no token now: bounds the host cost of a long waiting queue, per pass
 
 
 class Scheduler:
@@ -60,13 +50,18 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_num_encoder_tokens: int,
         policy: str = "fcfs",
+        chunked_prefill: bool = True,
+        keeps_embeddings: bool = True,
     ) -> None:
         self.kv = kv
         self.encoder_cache = encoder_cache
         self.pixels = pixels
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_num_encoder_tokens = max_num_encoder_tokens
+        self.encoding = EncodeScheduler(
+            kv, encoder_cache, pixels, max_num_encoder_tokens, keeps_embeddings=keeps_embeddings
+        )
+        self._chunked_prefill = chunked_prefill
         self._by_priority = policy == "priority"
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []  # sorted by arrival_key
@@ -74,11 +69,10 @@ class Scheduler:
         self.stats = SchedulerStats()
         self._num_arrivals = 0
         self._num_steps_scheduled = 0
-        self._in_flight: dict[int, _InFlight] = {}
+        self._in_flight: dict[int, list[bytes]] = {}  # step_id -> the pictures it reads, which it holds referenced
         self._finished_ids: list[str] = []  # not yet told to the workers
+        self._unknown_ids: set[str] = set()  # running requests whose end was told, and that are not yet described again
         self._failed: list[EngineCoreOutput] = []  # not yet told to the client
-        self._encoder_budget = 0
-        self._encoder_inputs: list[EncoderInput] = []
 
     # ---- requests come and go -------------------------------------------------------------------------------------------
 
@@ -88,6 +82,15 @@ class Scheduler:
         request = Request(core_request, key)
         self.requests[request.request_id] = request
         insort(self.waiting, request, key=_arrival_key)
+        if request.mm_features:
+            self.encoding.changed = True
+            if not self._chunked_prefill and not self._pictures_fit(request):
+                message = "without chunked prefill all pictures of a prompt must fit in the encoder cache together"
+                self._fail(request, message, "too_many_images")
+
+    def _pictures_fit(self, request: Request) -> bool:
+        size_of = {f.mm_hash: self.encoder_cache.size_of(f.num_tokens) for f in request.mm_features}
+        return sum(size_of.values()) <= self.encoder_cache.capacity_bytes and len(request.mm_features) <= MAX_PICTURES_AHEAD
 
     def abort(self, request_ids: list[str]) -> None:
         """End the listed requests without another word to the client. Unknown ids are ignored."""
@@ -97,7 +100,8 @@ class Scheduler:
                 self._finish(request)
 
     def pixels_ready(self, message: FeatureReady) -> None:
-        self.pixels.ready(message)
+        if self.pixels.ready(message):
+            self.encoding.changed = True
 
     def pixels_failed(self, message: FeatureFailed) -> None:
         """End every request that still needs the picture. One that has computed past it no longer does."""
@@ -111,14 +115,16 @@ class Scheduler:
         """A picture has been waiting for room in the slab. Room is made for the next picture of the oldest request that holds
         KV, else of the first that waits: that request can then go on, whatever else the slab was full of."""
         self.pixels.make_room(self._urgency)
+        self.encoding.changed = True
 
     def _urgency(self, request_id: str, mm_hash: bytes) -> tuple[object, ...]:
+        """The order of need, as in encoding.py."""
         request = self.requests[request_id]
-        computed = request.num_computed_tokens
+        covered = self.encoding.num_covered_tokens(request)
         for index, feature in enumerate(request.mm_features):
-            if feature.mm_hash == mm_hash and feature.offset + feature.num_tokens > computed:
+            if feature.mm_hash == mm_hash and feature.offset + feature.num_tokens > covered:
                 return request.status is RequestStatus.WAITING, request.arrival_key, index
-        return (2,)  # passed meanwhile: not needed any more
+        return (2,)  # passed, or found in the prefix cache meanwhile: not needed any more
 
     def _fail(self, request: Request, error: str, code: str) -> None:
         self._failed.append(
@@ -131,7 +137,7 @@ class Scheduler:
         that could hand the blocks to someone else."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
-            self._finished_ids.append(request.request_id)
+            self._forget_at_workers(request)
             # The KV of all but the newest token is computed, or will be by the steps in flight.
             self.kv.publish(request, min(request.num_computed_tokens, request.num_tokens - 1))
         else:
@@ -143,8 +149,14 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.kv.free(request)
         if request.mm_features:
-            self.encoder_cache.release_all(request.request_id)
             self.pixels.forget_request(request.request_id)
+            self.encoding.changed = True
+
+    def _forget_at_workers(self, request: Request) -> None:
+        if request.request_id in self._unknown_ids:
+            self._unknown_ids.discard(request.request_id)
+        else:
+            self._finished_ids.append(request.request_id)
 
     @property
     def has_requests(self) -> bool:
@@ -158,44 +170,34 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None when there is nothing to run now (what changes that is a message or a finished step)."""
-        step_id = self._num_steps_scheduled + 1
-        in_flight = _InFlight()
-        self._encoder_budget = self.max_num_encoder_tokens
-        self._encoder_inputs = []
-        num_scheduled_tokens: dict[str, int] = {}
-        cached = CachedRequestData([], [])
-        new_requests: list[NewRequestData] = []
-
-        budget, preempted = self._schedule_running(num_scheduled_tokens, cached, in_flight, step_id)
+        step = SchedulerOutput(
+            step_id=self._num_steps_scheduled + 1,
+            num_scheduled_tokens={},
+            total_num_scheduled_tokens=0,
+            new_requests=[],
+            cached_requests=CachedRequestData([], []),
+            finished_request_ids=[],
+        )
+        pictures: list[bytes] = []
+        budget, preempted = self._schedule_running(step, pictures)
         if not preempted and budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
-            budget = self._schedule_waiting(budget, num_scheduled_tokens, new_requests, in_flight, step_id)
-        self._encode_ahead(in_flight, step_id)
-
-        if not num_scheduled_tokens and not self._encoder_inputs:
+            budget = self._schedule_waiting(step, pictures, budget)
+        if not step.num_scheduled_tokens:
             # A preemption is a change in itself: what it freed may be all that another request waits for. It ends, since each
             # time fewer requests run.
             return self.schedule() if preempted else None
-        self._num_steps_scheduled = step_id
-        self._in_flight[step_id] = in_flight
-        finished, self._finished_ids = self._finished_ids, []
-        return SchedulerOutput(
-            step_id=step_id,
-            num_scheduled_tokens=num_scheduled_tokens,
-            total_num_scheduled_tokens=self.max_num_batched_tokens - budget,
-            new_requests=new_requests,
-            cached_requests=cached,
-            encoder_inputs=self._encoder_inputs,
-            free_mm_hashes=self.encoder_cache.take_freed(),
-            finished_request_ids=finished,
-        )
+        self._num_steps_scheduled = step.step_id
+        self._in_flight[step.step_id] = pictures
+        step.total_num_scheduled_tokens = self.max_num_batched_tokens - budget
+        step.finished_request_ids, self._finished_ids = self._finished_ids, []
+        return step
 
-    def _schedule_running(
-        self, num_scheduled_tokens: dict[str, int], cached: CachedRequestData, in_flight: _InFlight, step_id: int
-    ) -> tuple[int, bool]:
+    def _schedule_running(self, step: SchedulerOutput, pictures: list[bytes]) -> tuple[int, bool]:
         """Give running requests their tokens. Returns the budget left and whether anyone was preempted.
 
         The loop's common case, a decoding request with room in its last block, must stay a handful of operations."""
         budget = self.max_num_batched_tokens
+        num_scheduled_tokens = step.num_scheduled_tokens
         preempted = False
         running = self.running
         index = 0
@@ -211,7 +213,10 @@ class Scheduler:
                 num_new = budget
             clip: Clip | None = None
             if computed < request.mm_end:
-                clip = self._clip(request, num_new)
+                if self.kv.finds_more(request):
+                    self._adopt_prefix(request)
+                    computed = request.num_computed_tokens
+                clip = self._clip(request, min(expected - computed, budget))
                 num_new = clip.num_new_tokens
                 if num_new <= 0:
                     continue
@@ -225,10 +230,9 @@ class Scheduler:
                     self._preempt(request)
                     preempted = True
                     break
-                cached.request_ids.append(request.request_id)
-                cached.new_block_ids.append(new_block_ids)
+                self._tell_blocks(step, request, new_block_ids)
             if clip is not None:
-                self._take_pictures(request, clip, num_new, in_flight, step_id)
+                self._reference(request, clip, pictures)
             num_scheduled_tokens[request.request_id] = num_new
             budget -= num_new
             if computed < request.num_prompt_tokens:
@@ -238,14 +242,33 @@ class Scheduler:
                 request.num_tokens_expected = expected + 1
         return budget, preempted
 
-    def _schedule_waiting(
-        self,
-        budget: int,
-        num_scheduled_tokens: dict[str, int],
-        new_requests: list[NewRequestData],
-        in_flight: _InFlight,
-        step_id: int,
-    ) -> int:
+    def _tell_blocks(self, step: SchedulerOutput, request: Request, new_block_ids: list[int]) -> None:
+        if request.request_id in self._unknown_ids:
+            self._unknown_ids.discard(request.request_id)
+            step.new_requests.append(_describe(request, self.kv.block_ids(request)))
+        else:
+            step.cached_requests.request_ids.append(request.request_id)
+            step.cached_requests.new_block_ids.append(new_block_ids)
+
+    def _adopt_prefix(self, request: Request) -> None:
+        """Go on behind what others have computed of this prompt since the request began. Requests with the same beginning wait
+        for the same picture, and would all compute it. For the workers it ends, and starts again there."""
+        prefix = self.kv.find_prefix(request)
+        covered = len(prefix) * self.kv.block_size
+        gained = covered - request.num_computed_tokens
+        if gained <= 0:
+            return
+        self.kv.adopt(request, prefix)
+        request.num_computed_tokens = covered
+        num_cached_tokens = min(request.num_prompt_tokens, request.num_cached_tokens + gained)
+        self.stats.prefix_cache_hits += num_cached_tokens - request.num_cached_tokens
+        request.num_cached_tokens = num_cached_tokens
+        if request.request_id not in self._unknown_ids:
+            self._finished_ids.append(request.request_id)
+            self._unknown_ids.add(request.request_id)
+        self.encoding.changed = True
+
+    def _schedule_waiting(self, step: SchedulerOutput, pictures: list[bytes], budget: int) -> int:
         """Admit waiting requests in order, each with its longest cached prefix. One that can get no token now is passed over;
         one that finds no KV blocks ends the pass, so that nobody starves behind smaller requests. Returns the budget left."""
         admitted: list[Request] = []
@@ -257,12 +280,15 @@ class Scheduler:
                 continue  # preempted with a token in flight: its id is not known yet
             prefix = self.kv.find_prefix(request)
             computed = len(prefix) * self.kv.block_size
+            num_whole = request.num_tokens - computed
+            if not self._chunked_prefill and num_whole > budget:
+                break  # its turn comes when the steps of others leave room for all of it
             request.num_computed_tokens = computed
-            num_new = min(request.num_tokens - computed, budget)
+            num_new = min(num_whole, budget)
             clip: Clip | None = None
             if computed < request.mm_end:
                 clip = self._clip(request, num_new)
-                num_new = clip.num_new_tokens
+                num_new = clip.num_new_tokens if self._chunked_prefill or clip.num_new_tokens == num_whole else 0
             block_ids = self.kv.allocate(request, computed + num_new, prefix) if num_new > 0 else []
             if not block_ids:
                 request.num_computed_tokens = 0
@@ -271,13 +297,13 @@ class Scheduler:
                 num_passed_over += 1
                 continue
             if clip is not None:
-                self._take_pictures(request, clip, num_new, in_flight, step_id)
+                self._reference(request, clip, pictures)
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = computed
                 self.stats.prefix_cache_queries += request.num_prompt_tokens
                 self.stats.prefix_cache_hits += computed
-            new_requests.append(_describe(request, block_ids))
-            num_scheduled_tokens[request.request_id] = num_new
+            step.new_requests.append(_describe(request, block_ids))
+            step.num_scheduled_tokens[request.request_id] = num_new
             budget -= num_new
             self.stats.num_prompt_tokens_computed += max(0, min(num_new, request.num_prompt_tokens - computed))
             request.num_computed_tokens = computed + num_new
@@ -288,12 +314,14 @@ class Scheduler:
             request.status = RequestStatus.RUNNING
             self.waiting.remove(request)
             insort(self.running, request, key=_arrival_key)
+            if request.mm_features:
+                self.encoding.changed = True
         return budget
 
     def _preempt(self, request: Request) -> None:
         """Take back all its KV and let it wait again, before everyone who came later."""
         self.running.remove(request)
-        self._finished_ids.append(request.request_id)
+        self._forget_at_workers(request)
         self._release(request)
         request.reset_for_preemption()
         insort(self.waiting, request, key=_arrival_key)
@@ -301,94 +329,40 @@ class Scheduler:
 
     # ---- pictures -------------------------------------------------------------------------------------------------------
 
-    def _state_of(self, mm_hash: bytes) -> Picture:
-        if mm_hash in self.encoder_cache:
-            return Picture.HELD if self.encoder_cache.is_referenced(mm_hash) else Picture.CACHED
-        state = self.pixels.get(mm_hash)
-        return Picture.READY if state is not None and state.is_ready else Picture.MISSING
-
     def _clip(self, request: Request, num_new: int) -> Clip:
-        clip = clip_chunk(
-            request.mm_features,
-            request.num_computed_tokens,
-            num_new,
-            state_of=self._state_of,
-            size_of=self.encoder_cache.size_of,
-            available_bytes=self.encoder_cache.available_bytes,
-            encoder_budget=self._encoder_budget,
-        )
-        wanted = clip.to_encode if clip.blocked_by is None else [*clip.to_encode, clip.blocked_by]
-        for index in wanted:
-            feature = request.mm_features[index]
-            if feature.mm_hash not in self.encoder_cache:
-                self.pixels.want(feature, request.request_id, ahead=False)
-        return clip
+        return clip_chunk(request.mm_features, request.num_computed_tokens, num_new, self.encoder_cache.is_complete)
 
-    def _take_pictures(self, request: Request, clip: Clip, num_new: int, in_flight: _InFlight, step_id: int) -> None:
-        """Commit a clip: reference what the chunk touches, encode what is to be encoded. What is cached is referenced first,
-        so that making room for one picture never evicts another of the same chunk."""
-        cache, features = self.encoder_cache, request.mm_features
-        end = request.num_computed_tokens + num_new
-        to_encode = set(clip.to_encode)
-        for index in sorted(clip.to_reference, key=lambda i: features[i].mm_hash not in cache):
-            feature = features[index]
-            if index in to_encode:
-                cache.allocate(feature.mm_hash, feature.num_tokens, request.request_id)
-                self._add_encoder_input(feature, in_flight, step_id)
-            is_hit = cache.reference(feature.mm_hash, request.request_id, index)
-            if is_hit is not None:
+    def _reference(self, request: Request, clip: Clip, pictures: list[bytes]) -> None:
+        """The step reads what the chunk touches, until it has been executed: whether or not the request lives that long, its
+        blocks are findable by then, and what they hold must be right."""
+        for index in clip.touched:
+            feature = request.mm_features[index]
+            is_hit = self.encoder_cache.reference(feature.mm_hash, request.request_id)
+            pictures.append(feature.mm_hash)
+            if feature.offset >= request.num_computed_tokens or request.status is RequestStatus.WAITING:  # its first chunk
                 self.stats.encoder_cache_queries += 1
                 self.stats.encoder_cache_hits += is_hit
-            if end >= feature.offset + feature.num_tokens:
-                in_flight.references.append((request, request.num_preemptions, index))
 
-    def _add_encoder_input(self, feature: MMFeature, in_flight: _InFlight, step_id: int) -> None:
-        state = self.pixels.encoding(feature.mm_hash, step_id)
-        self._encoder_inputs.append(
-            EncoderInput(feature.mm_hash, state.offset, state.nbytes, feature.grid_thw, feature.num_tokens)
-        )
-        in_flight.encoded.append(feature.mm_hash)
-        self._encoder_budget -= feature.num_tokens
-        self.stats.num_images_encoded += 1
+    def schedule_encode(self) -> EncodeBatch | None:
+        """The next encode batch, or None when there is none to run now. Cheap when nothing has changed since the last None."""
+        batch = self.encoding.schedule(chain(self.running, self.waiting))
+        if batch is not None:
+            self.stats.num_images_encoded += len(batch.inputs)
+        return batch
 
-    def _encode_ahead(self, in_flight: _InFlight, step_id: int) -> None:
-        """Look ahead: ask for the pixels of pictures that requests will come to, in the order they will, and encode those
-        whose pixels are here with what is left of the budget, into room that nobody else asked for."""
-        cache = self.encoder_cache
-        examined = 0
-        for request in chain(self.running, self.waiting):
-            covered = request.num_computed_tokens
-            if covered >= request.mm_end:
-                continue
-            for feature in request.mm_features:
-                end = feature.offset + feature.num_tokens
-                if end <= covered:
-                    continue
-                if feature.mm_hash not in cache and covered == 0 and request.status is RequestStatus.WAITING:
-                    covered = len(self.kv.find_prefix(request)) * self.kv.block_size
-                    if end <= covered:
-                        continue
-                examined += 1
-                if examined > _MAX_PICTURES_AHEAD:
-                    return
-                if feature.mm_hash in cache or self._try_encode_ahead(request, feature, in_flight, step_id):
-                    cache.reserve(feature.mm_hash, request.request_id)
-
-    def _try_encode_ahead(self, request: Request, feature: MMFeature, in_flight: _InFlight, step_id: int) -> bool:
-        state = self.pixels.want(feature, request.request_id, ahead=True)
-        if state is None or not state.is_ready or feature.num_tokens > self._encoder_budget:
-            return False
-        if self.encoder_cache.size_of(feature.num_tokens) > self.encoder_cache.ahead_bytes:
-            return False
-        self.encoder_cache.allocate(feature.mm_hash, feature.num_tokens, request.request_id)
-        self._add_encoder_input(feature, in_flight, step_id)
-        return True
+    def update_encode(self, batch: EncodeBatch) -> None:
+        """Apply a batch that is done. The order among batches, and with steps, is free."""
+        self.encoding.update(batch)
 
     # ---- results --------------------------------------------------------------------------------------------------------
 
     def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
         """Apply the oldest step in flight. A token sampled for a request that ended meanwhile is dropped."""
-        self._settle(self._in_flight.pop(step.step_id), step.step_id)
+        pictures = self._in_flight.pop(step.step_id)
+        if pictures:
+            for mm_hash in pictures:
+                self.encoder_cache.release(mm_hash)
+            self.encoding.changed = True
         requests, logprobs = self.requests, result.logprobs
         outputs: list[EngineCoreOutput] = []
         finished: list[Request] = []
@@ -414,14 +388,6 @@ class Scheduler:
         self.stats.num_generation_tokens += len(outputs)
         return outputs
 
-    def _settle(self, in_flight: _InFlight, step_id: int) -> None:
-        for mm_hash in in_flight.encoded:
-            self.pixels.encoded(mm_hash, step_id)
-        for request, num_preemptions, index in in_flight.references:
-            # A preempted request let go of everything; what it may have taken since is not this step's to drop.
-            if request.num_preemptions == num_preemptions:
-                self.encoder_cache.release(request.mm_features[index].mm_hash, request.request_id, index)
-
     def take_pixel_messages(self) -> tuple[list[PixelRequest], list[bytes]]:
         return self.pixels.take_messages()
 
@@ -439,14 +405,15 @@ class Scheduler:
         """Forget every unreferenced KV block and embedding."""
         self.kv.pool.forget_unreferenced()
         self.encoder_cache.forget_unreferenced()
+        self.encoding.changed = True
 
     def check_integrity(self) -> None:
         """Raise if the ledgers contradict themselves; with no request left, if anything is still held."""
         self.kv.check_integrity()
         self.encoder_cache.check_integrity()
         self.pixels.check_integrity()
-        held = self.kv.num_used_blocks or self.encoder_cache.num_references or self.pixels.num_pending
-        if held and not self.requests and not self._in_flight:
+        held = self.kv.num_used_blocks or self.encoder_cache.num_held or self.pixels.num_pending or self._unknown_ids
+        if held and not self.requests and not self._in_flight and not self.encoding.num_in_flight:
             raise RuntimeError("something is still held although every request has ended")
 
 

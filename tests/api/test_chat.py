@@ -239,3 +239,18 @@ def test_concurrent_requests_keep_to_themselves(llm: FakeLLM) -> None:
 
     asyncio.run(main())
     assert llm.running == set()
+
+
+@pytest.mark.parametrize("options", [None, {"include_usage": True}])
+def test_every_event_of_text_is_what_encoding_it_whole_gives(tmp_path: Path, options: object) -> None:
+    """Only the text of an event is encoded anew, whatever there is in it and around it."""
+    pieces = ("a", '"content":""', "\n\u2028\\", '{"choices":[]}', "\U0001f600", "end")
+    llm = FakeLLM(make_model_dir(tmp_path), pieces=pieces)
+    text = post(llm, stream=True, stream_options=options, n=2).text
+    for index in range(2):
+        events = [event for event in events_of(text) if event != "[DONE]" and event["choices"]]  # type: ignore[index]
+        mine = [event for event in events if event["choices"][0]["index"] == index]  # type: ignore[index]
+        assert [event["choices"][0]["delta"].get("content") for event in mine] == ["", *pieces]  # type: ignore[index]
+        shapes = {json.dumps({**event, "choices": [{**event["choices"][0], "delta": 0}]}) for event in mine[1:-1]}  # type: ignore
+        assert len(shapes) == 1
+        assert list(mine[1]) == list(mine[-1]) and list(mine[1]["choices"][0]) == list(mine[-1]["choices"][0])[:-1]  # type: ignore

@@ -21,6 +21,8 @@ GIVEN: dict[str, Any] = {
     "mm_processor_kwargs": {"max_pixels": 15}, "preprocess_workers": 2, "preprocess_slab_gb": 0.25, "hash_algorithm": "xxh3",
     "allowed_media_domains": ["a.org", "b.org"], "allowed_local_media_path": "/media", "media_fetch_timeout_s": 2.5,
     "extra_image_formats": ["bmp", "tiff"],
+    "attention_backend": "sdpa", "enforce_eager": True, "encoder_stream": False, "fused_kernels": False,
+    "torch_profiler_dir": "/traces", "enable_chunked_prefill": False, "async_scheduling": False, "encoder_cache": False,
     "redis_url": "redis://r:1/2", "redis_ttl_s": 13, "redis_min_bytes": 14, "cache_secret_file": "/secret",
 }  # fmt: skip
 
@@ -40,6 +42,14 @@ kv-cache-memory-bytes: 7
 num-gpu-blocks-override: 8
 enable-prefix-caching: false
 encoder-cache-bytes: 10
+attention-backend: sdpa
+enforce-eager: true
+encoder-stream: false
+fused-kernels: false
+torch-profiler-dir: /traces
+enable-chunked-prefill: false
+async-scheduling: false
+encoder-cache: false
 limit-mm-per-prompt: {image: 4}
 max-pixels: 11
 min-pixels: 12
@@ -85,6 +95,8 @@ def test_every_setting_is_an_option() -> None:
         option = "--" + name.replace("_", "-")
         if value is False:
             arguments.append(option.replace("--", "--no-", 1))
+        elif value is True:
+            arguments.append(option)
         elif isinstance(value, dict):
             arguments += [option, str(value).replace("'", '"')]
         elif isinstance(value, list):

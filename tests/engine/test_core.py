@@ -20,9 +20,21 @@ from mmv1.kv.block_hash import BlockHasher
 from mmv1.kv.manager import KVCacheManager
 from mmv1.scheduler.pixels import PixelLedger
 from mmv1.scheduler.scheduler import Scheduler
-from mmv1.step import ModelRunnerOutput, SchedulerOutput
-from mmv1.types import Abort, EngineCoreOutputs, FeatureFailed, FeatureReady, FinishReason, MMFeature, Ping
-from tests.simulation import Executed, SimulatedWorker, expected_output, make_prompt, make_request
+from mmv1.step import EncodeBatch, ModelRunnerOutput, SchedulerOutput
+from mmv1.types import (
+    Abort,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FeatureFailed,
+    FeatureReady,
+    FinishReason,
+    MMFeature,
+    Ping,
+    ProfileAnswer,
+    StartProfile,
+    StopProfile,
+)
+from tests.simulation import Encoding, Executed, SimulatedWorker, expected_output, make_prompt, make_request
 
 DEADLINE_S = 20.0
 
@@ -39,15 +51,20 @@ def make_scheduler(num_blocks: int = 256) -> Scheduler:
 
 
 class GatedWorker(SimulatedWorker):
-    """Executes a step only when told to."""
+    """Executes a step, and encodes a batch, only when told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, open_steps: int = 0, open_encodes: int = 0) -> None:
         super().__init__(256, 4, 64)
-        self.gate = threading.Semaphore(0)
+        self.gate = threading.Semaphore(open_steps)
+        self.encode_gate = threading.Semaphore(open_encodes)
 
     def execute(self, step: SchedulerOutput) -> Executed:
         assert self.gate.acquire(timeout=DEADLINE_S)
         return super().execute(step)
+
+    def encode(self, batch: EncodeBatch) -> Encoding:
+        assert self.encode_gate.acquire(timeout=DEADLINE_S)
+        return super().encode(batch)
 
 
 class Client:
@@ -165,6 +182,122 @@ def test_an_idle_core_does_not_spin(client: Client) -> None:
     assert turns <= 7  # one for each event at most, and the one that waits
 
 
+def picture_request(name: str, mm_hash: bytes, *, max_tokens: int = 3) -> EngineCoreRequest:
+    return make_request(name, [50] * 8 + [1], [MMFeature(mm_hash, 0, 8, (1, 2, 16))], max_tokens=max_tokens, eos=())
+
+
+def test_decoding_goes_on_while_pictures_are_encoded_and_their_end_wakes_the_loop() -> None:
+    worker = GatedWorker(open_steps=1000)
+    client = Client(worker)
+    text = make_request("text", [1, 2, 3], eos=(), max_tokens=60)
+    pictures = [picture_request(f"r{i}", bytes([i]) * 32) for i in range(3)]
+    client.core.post(pictures[0])
+    client.wait_until(lambda: client.core._encodes_in_flight)
+    client.core.post(text)
+    client.wait_until(lambda: "text" in client.finished)
+    assert client.tokens["text"] == expected_output(text) and "r0" not in client.tokens
+    for request in pictures[1:]:
+        client.core.post(request)
+    client.wait_until(lambda: client.core.scheduler.encoding.num_in_flight == 2)  # the third waits: two at a time
+    assert not worker.batches
+    worker.encode_gate.release(10)
+    client.wait_until(lambda: len(client.finished) == 4)  # nothing but the end of a batch wakes it
+    for request in pictures:
+        assert client.tokens[request.request_id] == expected_output(request)
+    client.stop()
+    client.core.scheduler.check_integrity()
+    assert client.core.scheduler.stats.encode_seconds == 0.25 * len(worker.batches)
+    assert not client.pinned
+
+
+def test_encode_batches_go_before_a_step_and_are_looked_for_again_behind_it() -> None:
+    core = EngineCore(make_scheduler(), UniProcExecutor(SimulatedWorker(256, 4, 64)), lambda news: None)
+    asked: list[str] = []
+    core.scheduler.schedule = lambda: asked.append("step")  # type: ignore[method-assign, assignment, func-returns-value, return-value]
+    core.scheduler.schedule_encode = lambda: asked.append("encode")  # type: ignore[method-assign, assignment, func-returns-value, return-value]
+    core.post(Ping(1))
+    core.run_once()
+    assert asked == ["encode", "step", "encode"]
+
+
+def test_stopping_waits_for_a_batch_in_flight() -> None:
+    worker = GatedWorker(open_steps=1000)
+    client = Client(worker)
+    client.core.post(picture_request("r", b"c" * 32))
+    client.wait_until(lambda: client.core._encodes_in_flight)
+    client.core.stop()
+    client.core.post(Ping(1))
+    client.wait_until(lambda: not client.core.scheduler.has_requests)
+    client.thread.join(0.2)
+    assert client.thread.is_alive()
+    worker.encode_gate.release(1)
+    client.thread.join(DEADLINE_S)
+    assert not client.thread.is_alive() and len(worker.batches) == 1
+    client.core.scheduler.check_integrity()
+    assert not client.pinned
+
+
+def test_a_batch_that_ends_is_progress() -> None:
+    worker = GatedWorker(open_steps=1000)
+    client = Client(worker)
+    ages: list[float] = []
+    publish = client.core._publish
+    client.core._publish = lambda news: (ages.append(news.pong.stalled_s) if news.pong else None, publish(news))  # type: ignore[method-assign, func-returns-value]
+    client.core.post(picture_request("first", b"c" * 32))
+    client.wait_until(lambda: client.core._encodes_in_flight)
+    client.answer_pixels = False
+    client.core.post(make_request("second", [50] * 8 + [1], [MMFeature(b"d" * 32, 0, 8, (1, 2, 16))]))
+    client.core.post(Ping(1))
+    client.wait_until(lambda: len(ages) == 1)
+    client.core.post(Abort(["first"]))  # no step will run
+    started = time.monotonic()
+    client.wait_until(lambda: time.monotonic() - started > 0.3)
+    released = time.monotonic()
+    worker.encode_gate.release(1)
+    client.wait_until(lambda: not client.core._encodes_in_flight)
+    client.core.post(Ping(2))
+    client.wait_until(lambda: len(ages) == 2)
+    assert ages[1] <= time.monotonic() - released and not worker.steps
+    client.stop()
+
+
+@pytest.mark.parametrize("where", ["encode", "wait"])
+def test_a_batch_that_fails_ends_the_loop_with_its_error(where: str) -> None:
+    class Lost(Encoding):
+        def wait(self):  # type: ignore[no-untyped-def]
+            raise RuntimeError("the device is lost")
+
+    class Broken(SimulatedWorker):
+        def encode(self, batch: EncodeBatch) -> Encoding:
+            if where == "encode":
+                raise RuntimeError("the device is lost")
+            return Lost(self, batch)
+
+    core: EngineCore
+
+    def answer(news: EngineCoreOutputs) -> None:
+        for request in news.pixel_requests:
+            core.post(FeatureReady(request.mm_hash, request.ticket, 0, 1))
+
+    core = EngineCore(make_scheduler(), UniProcExecutor(Broken(256, 4, 64)), answer)
+    core.post(picture_request("r", b"c" * 32))
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        core.run()
+
+
+def test_aborting_while_a_picture_is_encoded_leaves_nothing_behind() -> None:
+    worker = GatedWorker(open_steps=1000)
+    client = Client(worker)
+    client.core.post(picture_request("r", b"c" * 32))
+    client.wait_until(lambda: client.core._encodes_in_flight)
+    client.core.post(Abort(["r"]))
+    client.wait_until(lambda: not client.core.scheduler.has_requests)
+    worker.encode_gate.release(1)
+    client.wait_until(lambda: not client.pinned)  # told, although no request lives
+    client.stop()
+    client.core.scheduler.check_integrity()
+
+
 def test_a_core_that_waits_for_pixels_waits_and_wakes() -> None:
     client = Client(SimulatedWorker(256, 4, 64), answer_pixels=False)
     cat = MMFeature(b"c" * 32, 0, 8, (1, 2, 16))
@@ -278,3 +411,29 @@ def test_requests_that_stand_still_are_told_even_when_no_step_runs() -> None:
         client.wait_until(lambda count=ping_id: len(stalls) == count)
     assert stalls[0] == 0 and 0 < stalls[1] < stalls[2]
     client.stop()
+
+
+def test_a_profile_is_answered_when_it_has_started_and_when_it_is_written() -> None:
+    class Profiled(SimulatedWorker):
+        is_on = False
+
+        def profile(self, trace_dir: str | None) -> None:
+            if self.is_on is (trace_dir is not None):
+                raise ValueError("it is so already")
+            self.is_on = trace_dir is not None
+
+    answers: list[ProfileAnswer] = []
+
+    class Watching(Client):
+        def _take(self, news: EngineCoreOutputs) -> None:
+            answers.extend(news.profile_answers)
+            super()._take(news)
+
+    client = Watching(Profiled(256, 4, 64))
+    for message in (StartProfile(1, "there"), StopProfile(2), StopProfile(3)):
+        client.core.post(message)
+        client.wait_until(lambda number=message.call_id: len(answers) == number)
+    assert answers == [ProfileAnswer(1), ProfileAnswer(2), ProfileAnswer(3, "it is so already")]
+    client.core.stop()
+    client.thread.join(DEADLINE_S)
+    assert not client.thread.is_alive()

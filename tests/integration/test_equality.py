@@ -127,18 +127,22 @@ def setting(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def engine(setting: str, llm: LLM, tiny_model_dir: Path) -> Iterator[LLM]:
     """An engine with one of SETTINGS, for all its tests; the roomy one is everybody's."""
-    settings = dict(SETTINGS[setting])
-    if not settings:
+    if not SETTINGS[setting]:
         yield llm
         return
-    layout = load_layout(resolve(EngineArgs(model=str(tiny_model_dir))).model)
-    num_tokens = layout.max_image_tokens(4096)
-    if "encoder_cache_bytes" in settings:
-        settings["encoder_cache_bytes"] = (num_tokens + 16) * 64 * 4  # float32 [num_tokens, 64], and a page's rounding
-    if "preprocess_slab_gb" in settings:
-        settings["preprocess_slab_gb"] = 2 * -(-layout.image_bytes(num_tokens) // 4096) * 4096 / (1 << 30)
-    with LLM(tiny_model_dir, **settings) as started:
+    with LLM(tiny_model_dir, **in_bytes(SETTINGS[setting], tiny_model_dir)) as started:
         yield started
+
+
+def in_bytes(settings: dict[str, Any], model_dir: Path) -> dict[str, Any]:
+    """The settings with "one picture" and "two pictures" as what that is."""
+    layout = load_layout(resolve(EngineArgs(model=str(model_dir))).model)
+    num_tokens = layout.max_image_tokens(4096)
+    sizes = {
+        "encoder_cache_bytes": (num_tokens + 16) * 64 * 4,  # float32 [num_tokens, 64], and a page's rounding
+        "preprocess_slab_gb": 2 * -(-layout.image_bytes(num_tokens) // 4096) * 4096 / (1 << 30),
+    }
+    return {**settings, **{name: size for name, size in sizes.items() if name in settings}}
 
 
 def using(*settings: str) -> pytest.MarkDecorator:

@@ -101,6 +101,50 @@ def test_unconfirmed_tokens_are_not_published() -> None:
     assert len(kv.find_prefix(request("b", [*range(8), 9]))) == 2
 
 
+def test_a_request_that_runs_finds_what_another_has_filled_and_takes_it_for_its_own() -> None:
+    kv = manager(num_blocks=12)
+    ahead, behind = request("a", list(range(14))), request("b", [*range(12), 50, 51])
+    kv.allocate(ahead, 6)
+    ahead.num_computed_tokens = 6
+    kv.allocate(behind, 6, kv.find_prefix(behind))
+    behind.num_computed_tokens = 6  # in the second block, which neither has filled
+    assert not kv.finds_more(behind)
+    ids = kv.block_ids(ahead) + kv.allocate(ahead, 14)
+    assert kv.finds_more(behind)
+    used = kv.num_used_blocks
+    kv.adopt(behind, kv.find_prefix(behind))
+    assert kv.block_ids(behind) == ids[:3] and behind.kv_capacity == 12 and kv.num_used_blocks == used - 1
+    behind.num_computed_tokens = 12
+    assert not kv.finds_more(behind)
+    kv.allocate(behind, 14)
+    kv.check_integrity()
+    kv.free(ahead)
+    kv.free(behind)
+    kv.check_integrity()
+    assert kv.num_used_blocks == 0
+
+
+def test_no_more_is_found_than_leaves_a_token_to_compute() -> None:
+    kv = manager(num_blocks=12)
+    kv.allocate(request("a", list(range(12))), 12)
+    for num_tokens, found in ((8, False), (9, True)):
+        each = request(f"r{num_tokens}", list(range(num_tokens)))
+        kv.allocate(each, 6)
+        each.num_computed_tokens = 6
+        assert kv.finds_more(each) is found
+    assert not KVCacheManager(9, 4, None).finds_more(request("c", list(range(12))))
+
+
+def test_evictions_of_cached_content_are_counted() -> None:
+    kv = manager(num_blocks=4)
+    first = request("a", list(range(9)))
+    kv.allocate(first, 9)
+    kv.free(first)
+    assert kv.pool.num_evictions == 0
+    kv.allocate(request("b", [1] * 9), 9)
+    assert kv.pool.num_evictions == 2
+
+
 def test_without_a_hasher_nothing_is_ever_found() -> None:
     kv = KVCacheManager(9, 4, None)
     first = request("a", list(range(9)))

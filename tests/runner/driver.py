@@ -18,7 +18,7 @@ import torch
 from mmv1.config import EngineArgs, EngineConfig, resolve
 from mmv1.runner.model_runner import PendingOutput
 from mmv1.runner.worker import Worker
-from mmv1.step import CachedRequestData, EncoderInput, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from mmv1.step import CachedRequestData, EncodeBatch, EncoderInput, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from mmv1.types import MMFeature, SamplingParams, TokenLogprobs
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -195,11 +195,12 @@ class Driver:
             total_num_scheduled_tokens=sum(num_scheduled_tokens.values()),
             new_requests=new,
             cached_requests=cached,
-            encoder_inputs=encoder_inputs,
-            free_mm_hashes=self._dropped,
             finished_request_ids=self._finished,
         )
-        self._finished, self._dropped = [], []
+        self._finished = []
+        if encoder_inputs or self._dropped:
+            self.worker.encode(EncodeBatch(self._step_id, encoder_inputs, self._dropped)).wait()
+            self._dropped = []
         self._in_flight.append(self.worker.execute(step))
 
     def _encode(self, mm_hash: bytes) -> EncoderInput:

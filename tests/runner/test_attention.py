@@ -1,104 +1,93 @@
-"""The backend contract, one suite for every backend: against attention written out token by token."""
+"""Attention backends on the CPU, the kernels of Triton interpreted; and the arithmetic of tiles and splits."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
 from mmv1.errors import ConfigError
-from mmv1.runner.attention import make_backend
-from mmv1.runner.attention.backend import AttentionBackend, AttentionMetadata, PagedAttention
+from mmv1.runner.attention import installed_backends, make_backend
+from mmv1.runner.attention.triton import choose_num_splits, make_tiles, small_tile_tokens
+from tests.runner.attention_suite import (  # noqa: F401
+    Setting,
+    Shape,
+    make_case,
+    make_tile_plan,
+    test_a_request_alone_equals_the_request_among_others,
+    test_a_segment_is_not_touched_by_its_neighbours,
+    test_block_sizes,
+    test_head_dims,
+    test_heads,
+    test_layers_have_caches_of_their_own_and_keep_what_is_new,
+    test_padded_tiles_do_nothing,
+    test_segments,
+    test_step,
+    test_tiles,
+    test_with_a_fixed_grid_others_change_no_bit,
+)
 
-BLOCK_SIZE, NUM_BLOCKS, HEADS, KV_HEADS, DIM, SCALE = 4, 64, 6, 2, 8, 0.3
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def on_the_device() -> Iterator[None]:
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
-
-
-@pytest.fixture(params=["sdpa"])
-def backend(request: pytest.FixtureRequest) -> AttentionBackend:
-    return make_backend(request.param)
-
-
-def naive(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """One query [H, D] over keys and values [S, KV, D]."""
-    keys, values = (x.repeat_interleave(HEADS // keys.shape[1], dim=1) for x in (keys, values))
-    weights = (torch.einsum("hd,shd->hs", query, keys) * SCALE).softmax(-1)
-    return torch.einsum("hs,shd->hd", weights, values)
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted only where there is no GPU")
 
 
-# (tokens before the step, tokens in it) for each request.
-STEPS = [
-    [(0, 1)], [(0, 9)], [(7, 1)], [(7, 5)], [(3, 1), (20, 1), (1, 1), (0, 1)], [(0, 3), (5, 1), (8, 8), (30, 1), (4, 2), (15, 1)],
-    [(4, 4), (0, 4), (0, 16), (12, 1)],
-    # A chunk whose last query is alone in a tile of 64: a kernel of torch's got that one wrong on a GPU.
-    [(6, 65)], [(4, 129), (2, 1)], [(5, 64)], [(5, 66)], [(0, 65)],
-]
+def make_setting(name: str) -> Setting:
+    return Setting(make_backend(name, CPU, torch.float32), CPU, torch.float32, Shape(6, 2, 16, 4))
 
 
-@pytest.mark.parametrize("step", STEPS, ids=str)
-def test_paged_attention(backend: AttentionBackend, step: list[tuple[int, int]]) -> None:
-    torch.manual_seed(0)
-    computed, query_lens = (np.array(column, dtype=np.int64) for column in zip(*step, strict=True))
-    seq_lens = computed + query_lens
-    num_tokens = int(query_lens.sum())
-    free = (torch.randperm(NUM_BLOCKS - 1) + 1).tolist()
-    tables = [[free.pop() for _ in range(-(-int(n) // BLOCK_SIZE))] for n in seq_lens]
-    width = max(map(len, tables))
-    # Whatever lies elsewhere in the cache is finite, and must not matter.
-    kv_cache = torch.randn(2, NUM_BLOCKS, BLOCK_SIZE, KV_HEADS, DIM) * 100
-    history = [torch.randn(2, int(n), KV_HEADS, DIM) for n in seq_lens]
-    slots, queries, expected = [], torch.randn(num_tokens, HEADS, DIM), []
-    start = 0
-    for table, past, before, length in zip(tables, history, computed, query_lens, strict=True):
-        places = [table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(before + length)]
-        kv_cache.flatten(1, 2)[:, places[:before]] = past[:, :before]
-        slots += places[before:]
-        for i in range(length):
-            seen = past[:, : before + i + 1]
-            expected.append(naive(queries[start + i], seen[0], seen[1]))
-        start += length
-    keys, values = (torch.cat([past[i, before:] for past, before in zip(history, computed, strict=True)]) for i in (0, 1))
-    metadata = AttentionMetadata(
-        query_lens=query_lens,
-        seq_lens=seq_lens,
-        query_start_loc=torch.tensor([0, *np.cumsum(query_lens)], dtype=torch.int32),
-        seq_lens_device=torch.from_numpy(seq_lens).int().to(DEVICE),
-        block_table=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
-        slot_mapping=torch.tensor(slots),
-        block_size=BLOCK_SIZE,
-    )
-    other_layer = torch.zeros_like(kv_cache)
-    attention = PagedAttention(backend, [other_layer, kv_cache], metadata)
-    torch.testing.assert_close(attention(1, queries, keys, values, SCALE), torch.stack(expected), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(kv_cache.flatten(1, 2)[0, slots], keys)
-    torch.testing.assert_close(kv_cache.flatten(1, 2)[1, slots], values)
-    assert not other_layer.any()
+@pytest.fixture(params=["sdpa", "triton"])
+def setting(request: pytest.FixtureRequest) -> Setting:
+    return make_setting(request.param)
 
 
-@pytest.mark.parametrize("seqlens", [[5], [1, 1, 1], [4, 4, 2, 4, 2, 1], [16, 4, 16, 9]], ids=str)
-def test_varlen_attention(backend: AttentionBackend, seqlens: list[int]) -> None:
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, sum(seqlens), HEADS, DIM)
-    plan = backend.plan_varlen(seqlens, query.device)
-    expected, start = [], 0
-    for length in seqlens:
-        segment = slice(start, start + length)
-        expected += [naive(q, key[segment], value[segment]) for q in query[segment]]
-        start += length
-    torch.testing.assert_close(backend.varlen(query, key, value, plan, SCALE), torch.stack(expected), atol=1e-5, rtol=1e-4)
+@pytest.fixture
+def triton_setting() -> Setting:
+    return make_setting("triton")
+
+
+def test_tiles_cut_every_requests_tokens() -> None:
+    rows, starts, query_lens, computed = (np.array(x) for x in ([7, 2, 5], [0, 5, 6], [5, 1, 4], [10, 33, 0]))
+    tiles = make_tiles(rows, starts, query_lens, computed, 2, num_tiles=8)
+    assert tiles.dtype == np.int32
+    assert tiles.T.tolist() == [
+        [7, 0, 2, 10], [7, 2, 2, 12], [7, 4, 1, 14], [2, 5, 1, 33], [5, 6, 2, 0], [5, 8, 2, 2], [0, 0, 0, 0], [0, 0, 0, 0],
+    ]  # fmt: skip
+    assert make_tiles(rows, starts, query_lens, computed, 2).shape == (4, 6)
+    with pytest.raises(ValueError, match="6 tiles are needed, there is room for 5"):
+        make_tiles(rows, starts, query_lens, computed, 2, num_tiles=5)
+
+
+def test_as_many_tokens_make_a_small_tile_as_fit_its_rows() -> None:
+    assert [small_tile_tokens(group) for group in (1, 2, 7, 8, 9, 16)] == [16, 8, 2, 2, 1, 1]
+
+
+def test_splits_keep_the_device_busy_and_are_worth_their_sum() -> None:
+    assert choose_num_splits(num_tiles=512, num_kv_heads=4, max_seq_len=32768, num_sms=132) == 1  # busy without
+    assert choose_num_splits(num_tiles=64, num_kv_heads=4, max_seq_len=32768, num_sms=132) == 2
+    assert choose_num_splits(num_tiles=8, num_kv_heads=4, max_seq_len=32768, num_sms=132) == 16
+    assert choose_num_splits(num_tiles=8, num_kv_heads=4, max_seq_len=1500, num_sms=132) == 11  # 128 keys each at least
+    assert choose_num_splits(num_tiles=1, num_kv_heads=4, max_seq_len=100, num_sms=132) == 1
+    assert choose_num_splits(num_tiles=1, num_kv_heads=1, max_seq_len=1 << 20, num_sms=132) == 64  # no end of it otherwise
+
+
+def test_large_tiles_are_refused_where_no_kernel_takes_them(triton_setting: Setting) -> None:
+    case = make_case(triton_setting, [(0, 3)])
+    plan = make_tile_plan(case, 129, 1)
+    with pytest.raises(ValueError, match="tiles of 129 tokens are too large"):
+        triton_setting.backend.forward(case.query, case.key, case.value, case.kv_cache, plan, 1.0)
 
 
 def test_a_backend_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no attention backend 'abacus'; there are: sdpa"):
-        make_backend("abacus")
+    with pytest.raises(ConfigError, match="no attention backend 'abacus'; there are: flash, sdpa, triton"):
+        make_backend("abacus", CPU)
+
+
+def test_a_backend_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="'flash' cannot run here; what can: sdpa"):
+        make_backend("flash", CPU)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert installed_backends(CPU, torch.float32) == ["sdpa"]
+
+
+def test_without_a_name_the_best_there_is_is_chosen() -> None:
+    assert make_backend(None, CPU).name == "sdpa"

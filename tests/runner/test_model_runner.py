@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmv1.errors import EngineError
-from mmv1.step import CachedRequestData, NewRequestData, SchedulerOutput
+from mmv1.step import CachedRequestData, EncodeBatch, NewRequestData, SchedulerOutput
 from mmv1.types import SamplingParams
 from tests.oracle import HFOracle
 from tests.runner.driver import GREEDY, Driver, Prompt, hf_inputs, make_picture, make_prompt
@@ -205,7 +205,7 @@ def test_requests_without_a_seed_depend_on_the_engines_seed(make_driver: MakeDri
 def _step(**parts: object) -> SchedulerOutput:
     empty: dict[str, object] = {
         "step_id": 1, "num_scheduled_tokens": {}, "total_num_scheduled_tokens": 0, "new_requests": [],
-        "cached_requests": CachedRequestData([], []), "encoder_inputs": [], "free_mm_hashes": [], "finished_request_ids": [],
+        "cached_requests": CachedRequestData([], []), "finished_request_ids": [],
     }
     return SchedulerOutput(**(empty | parts))  # type: ignore[arg-type]
 
@@ -216,7 +216,7 @@ def test_a_step_that_contradicts_the_worker_is_refused(make_driver: MakeDriver, 
     with pytest.raises(EngineError, match="which the worker does not know"):
         worker.execute(_step(finished_request_ids=["nobody"]))
     with pytest.raises(EngineError, match="does not hold"):
-        worker.execute(_step(free_mm_hashes=[b"x" * 32]))
+        worker.encode(EncodeBatch(1, [], [b"x" * 32]))
     with pytest.raises(EngineError, match="than are known"):
         worker.execute(_step(new_requests=[new], num_scheduled_tokens={"a": 4}))
     with pytest.raises(EngineError, match="known already"):

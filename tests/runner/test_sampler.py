@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmv1.kernels.sampling import gumbel_argmax
 from mmv1.runner.platform import Platform
 from mmv1.runner.sampler import Sampler
 from mmv1.runner.sampling_columns import SamplingBatch, SamplingColumns
@@ -191,3 +192,57 @@ def test_logits_are_left_as_they_were() -> None:
     chosen = expected.gather(1, output.token_ids[[0, 2], None])
     torch.testing.assert_close(output.logprobs.sampled_logprob, chosen[:, 0])
     assert output.logprobs.sampled_rank.tolist() == ((expected > chosen).sum(1) + 1).tolist()
+
+
+MIXED = [
+    SamplingParams(seed=1),
+    SamplingParams(seed=2, top_k=5, logprobs=3),
+    SamplingParams(seed=3, temperature=0.4),
+    SamplingParams(temperature=0.0),
+    SamplingParams(seed=4, repetition_penalty=1.4),
+    SamplingParams(temperature=0.0, top_p=0.3, min_p=0.5),
+    SamplingParams(temperature=0.0, logprobs=1),
+    SamplingParams(seed=5, min_p=0.1),
+    SamplingParams(seed=6, top_p=0.7),
+    SamplingParams(seed=7, temperature=0.0, presence_penalty=0.5),
+]
+
+
+@pytest.fixture
+def fused_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The fused draw is used, whatever the device; the numbers of rows it was called with."""
+    rows = []
+
+    def spy(logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        rows.append(logits.shape[0])
+        return gumbel_argmax(logits, temperature, keys)
+
+    monkeypatch.setattr("mmv1.runner.sampler.uses_fused", lambda device: True)
+    monkeypatch.setattr("mmv1.kernels.sampling.gumbel_argmax", spy)
+    return rows
+
+
+@pytest.mark.parametrize(("which", "fused"), [
+    (range(10), [4]), ([0, 2, 3, 5], [4]), ([1, 4, 6, 7, 8, 9], []), ([3], [1]), ([1], []), ([6, 5, 4, 3, 2, 1, 0], [4]),
+])  # fmt: skip
+def test_fused_and_torch_rows_of_one_batch_get_the_tokens_they_get_by_torch_alone(
+    which: list[int], fused: list[int], fused_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that ask for a temperature at most are drawn by one kernel, others by torch; tokens and log-probabilities are those
+    of the batch that goes through torch whole."""
+    torch.manual_seed(3)
+    logits = (torch.randn(len(which), VOCAB) * 2).bfloat16().to(PLATFORM.device)
+    params = [MIXED[index] for index in which]
+    batch, token_ids = make_batch(params, [[1, 2]] * len(which), [[3] * index for index in which])
+    mixed = Sampler(PLATFORM, VOCAB)(logits, batch, token_ids)
+    assert fused_rows == fused
+    monkeypatch.setattr("mmv1.runner.sampler.uses_fused", lambda device: False)
+    by_torch = Sampler(PLATFORM, VOCAB)(logits, batch, token_ids)
+    assert fused_rows == fused
+    assert mixed.token_ids.dtype == torch.int64 and torch.equal(mixed.token_ids, by_torch.token_ids)
+    if by_torch.logprobs is None:
+        assert mixed.logprobs is None
+    else:
+        assert mixed.logprobs is not None
+        assert mixed.logprobs.requests.tolist() == by_torch.logprobs.requests.tolist()
+        assert all(torch.equal(a, b) for a, b in zip(mixed.logprobs.tensors, by_torch.logprobs.tensors, strict=True))

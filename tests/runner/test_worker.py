@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mmv1.errors import EngineError
 from mmv1.runner.worker import Worker
-from mmv1.step import EncoderInput, KVCacheSpec
+from mmv1.step import EncodeBatch, EncoderInput, KVCacheSpec
 from tests.runner.driver import Driver, Prompt, make_picture, make_prompt, tiny_config
-from tests.runner.test_model_runner import _step
 
 MakeDriver = Callable[..., Driver]
 
@@ -52,7 +52,9 @@ def test_memory_on_a_cpu_is_what_is_usable_within_bounds(tiny_model_dir: Path, m
 def test_the_largest_step_runs(tiny_model_dir: Path) -> None:
     """What a CUDA device is measured with."""
     worker = make_worker(tiny_model_dir, max_num_seqs=7, max_num_batched_tokens=100, load_format="dummy")
-    worker._run_largest_step()
+    runner = worker._make_runner(1, 0)
+    worker._encode_largest()
+    worker._run_largest_step(runner)
 
 
 def test_a_trace_of_steps_on_another_thread_is_written(make_driver: MakeDriver, tmp_path: Path) -> None:
@@ -60,6 +62,8 @@ def test_a_trace_of_steps_on_another_thread_is_written(make_driver: MakeDriver, 
     with pytest.raises(EngineError, match="no profile"):
         driver.worker.profile(None)
     driver.worker.profile(str(tmp_path / "trace"))
+    with pytest.raises(EngineError, match="already"):
+        driver.worker.profile(str(tmp_path / "trace"))
     driver.add("a", make_prompt([5], image_token_id=0))
     thread = threading.Thread(target=driver.run, args=(2,))
     thread.start()
@@ -80,14 +84,18 @@ def test_pixels_outside_their_place_are_refused(make_driver: MakeDriver, wrong: 
         "two frames": (0, good.nbytes * 2, (2, *good.grid_thw[1:])),
     }[wrong]
     with pytest.raises(EngineError, match="pixel slab"):
-        driver.worker.execute(_step(encoder_inputs=[EncoderInput(good.mm_hash, offset, nbytes, grid, good.num_tokens)]))
-    driver.worker.execute(_step(encoder_inputs=[good]))
+        driver.worker.encode(EncodeBatch(1, [EncoderInput(good.mm_hash, offset, nbytes, grid, good.num_tokens)], []))
+    driver.worker.encode(EncodeBatch(2, [good], []))
 
 
-def test_the_slab_is_never_written(make_driver: MakeDriver) -> None:
-    slab = make_driver().worker._pixel_slab
+def test_the_slab_is_never_written(make_driver: MakeDriver, image_token_id: int) -> None:
+    driver = make_driver()
+    driver.add("a", make_prompt([3, make_picture(3, 3), 3], image_token_id=image_token_id))
+    slab = driver.worker._pixel_slab
     assert slab is not None
-    assert not slab.flags.writeable
+    before = slab.copy()
+    driver.run(3)
+    assert np.array_equal(slab, before)
 
 
 def test_dummy_weights_run_a_whole_request(tiny_model_dir: Path, image_token_id: int) -> None:

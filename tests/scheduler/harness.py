@@ -1,4 +1,8 @@
-"""Drives a Scheduler against the simulated worker, with pixels that take a while, for property tests."""
+"""Drives a Scheduler against the simulated worker, with pixels, encode batches and steps that take a while, for property tests.
+
+Steps are submitted, executed and applied at times of their own, in order; so are encode batches (launched, done and applied at
+once). Anything may happen in between.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ from mmv1.kv.block_hash import BlockHasher
 from mmv1.kv.manager import KVCacheManager
 from mmv1.scheduler.pixels import PixelLedger
 from mmv1.scheduler.scheduler import Scheduler
-from mmv1.step import ENCODER_CACHE_PAGE_ROWS, ModelRunnerOutput, SchedulerOutput
+from mmv1.step import ENCODER_CACHE_PAGE_ROWS, EncodeBatch, ModelRunnerOutput, SchedulerOutput
 from mmv1.types import EngineCoreRequest, FeatureFailed, FeatureReady, FinishReason
-from tests.simulation import SimulatedWorker
+from tests.simulation import Encoding, SimulatedWorker
 
 
 class Harness:
@@ -28,10 +32,12 @@ class Harness:
         policy: str = "fcfs",
         prefix_caching: bool = True,
         depth: int = 2,
+        encode_depth: int = 2,
         max_ahead_patches: int = 100_000,
         seed: int = 0,
         poison: frozenset[bytes] = frozenset(),
         slots: int = 1_000_000,
+        **switches: bool,
     ) -> None:
         self.rng = random.Random(seed)
         self.worker = SimulatedWorker(num_blocks, block_size, encoder_pages)
@@ -43,11 +49,16 @@ class Harness:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_encoder_tokens=max_num_encoder_tokens,
             policy=policy,
+            **switches,
         )
         self.depth = depth
+        self.encode_depth = encode_depth
         self.poison = poison
         self.slots = slots  # pictures the slab holds at a time; further ones wait their turn, in order
-        self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.submitted: deque[SchedulerOutput] = deque()
+        self.executed: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.submitted_encodes: deque[EncodeBatch] = deque()
+        self.encoding: deque[Encoding] = deque()
         self.asked: dict[bytes, int] = {}  # hash -> ticket not answered yet
         self.pinned: set[bytes] = set()
         self.outputs: dict[str, list[int]] = {}
@@ -94,25 +105,75 @@ class Harness:
         return len(self.pinned) < pinned
 
     def launch(self) -> SchedulerOutput | None:
-        if len(self.in_flight) >= self.depth:
+        """Submit a step."""
+        if len(self.submitted) + len(self.executed) >= self.depth:
             return None
         step = self.scheduler.schedule()
         self._exchange_pixel_messages()
         if step is not None:
-            assert 0 <= step.total_num_scheduled_tokens <= self.scheduler.max_num_batched_tokens
+            assert 0 < step.total_num_scheduled_tokens <= self.scheduler.max_num_batched_tokens
             assert len(step.num_scheduled_tokens) <= self.scheduler.max_num_seqs
-            assert sum(item.num_tokens for item in step.encoder_inputs) <= self.scheduler.max_num_encoder_tokens
-            for item in step.encoder_inputs:
-                assert item.mm_hash in self.pinned, "encodes from a slot that is not pinned"
-            self.in_flight.append((step, self.worker.execute(step).wait()))
+            self.submitted.append(step)
         return step
 
-    def settle(self) -> bool:
-        if not self.in_flight:
+    def execute(self) -> bool:
+        if not self.submitted:
             return False
-        for output in self.scheduler.update(*self.in_flight.popleft()):
+        step = self.submitted.popleft()
+        self.executed.append((step, self.worker.execute(step).wait()))
+        return True
+
+    def settle(self) -> bool:
+        """Apply the oldest step, executing it if that has not happened yet."""
+        if not self.executed and not self.execute():
+            return False
+        for output in self.scheduler.update(*self.executed.popleft()):
             self._take(output)
         return True
+
+    def launch_encode(self) -> EncodeBatch | None:
+        """Submit an encode batch."""
+        if len(self.submitted_encodes) + len(self.encoding) >= self.encode_depth:
+            return None
+        batch = self.scheduler.schedule_encode()
+        self._exchange_pixel_messages()
+        if batch is not None:
+            num_tokens = sum(item.num_tokens for item in batch.inputs)
+            assert num_tokens <= self.scheduler.encoding.max_num_tokens or len(batch.inputs) == 1
+            for item in batch.inputs:
+                assert item.mm_hash in self.pinned, "encodes from a slot that is not pinned"
+            self.submitted_encodes.append(batch)
+        return batch
+
+    def start_encode(self) -> bool:
+        if not self.submitted_encodes:
+            return False
+        self.encoding.append(self.worker.encode(self.submitted_encodes.popleft()))
+        return True
+
+    def settle_encode(self) -> bool:
+        """Finish and apply the oldest encode batch, starting it if that has not happened yet."""
+        if not self.encoding and not self.start_encode():
+            return False
+        encoding = self.encoding.popleft()
+        for item in encoding.batch.inputs:
+            assert item.mm_hash in self.pinned, "the slot was given up while it was read"
+        encoding.wait()
+        self.scheduler.update_encode(encoding.batch)
+        return True
+
+    def encode(self) -> EncodeBatch | None:
+        """Submit an encode batch and see it done."""
+        batch = self.launch_encode()
+        if batch is not None:
+            while self.settle_encode():
+                pass
+            self._exchange_pixel_messages()
+        return batch
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.submitted or self.executed or self.submitted_encodes or self.encoding)
 
     def _take(self, output) -> None:  # type: ignore[no-untyped-def]
         self.outputs[output.request_id] += output.new_token_ids
@@ -123,7 +184,10 @@ class Harness:
 
     def turn(self) -> bool:
         """One random thing happens. False if nothing could."""
-        actions = [self.launch, self.settle, self.answer_pixels, self.press]
+        actions = [
+            self.launch, self.execute, self.settle, self.launch_encode, self.start_encode, self.settle_encode,
+            self.answer_pixels, self.press,
+        ]  # fmt: skip
         self.rng.shuffle(actions)
         asked_before = dict(self.asked), set(self.pinned)
         happened = any(action() for action in actions) or (self.asked, self.pinned) != asked_before
@@ -137,7 +201,7 @@ class Harness:
         """Until every request has ended. Fails if nothing can happen although something should."""
         for _ in range(max_turns):
             happened = self.turn()
-            if not self.scheduler.has_requests and not self.in_flight:
+            if not self.scheduler.has_requests and not self.is_busy:
                 break
             assert happened, "stuck: requests wait for something that will never happen"
         else:

@@ -52,19 +52,27 @@ def test_an_answer_to_an_older_ticket_is_dropped() -> None:
     assert state is not None and state.offset == 4096
 
 
-def test_a_slot_is_released_when_the_last_step_that_reads_it_has_run() -> None:
+def test_a_slot_is_released_when_the_batch_that_reads_it_is_done_and_not_before() -> None:
     ledger = PixelLedger(100)
     ledger.want(CAT, "r", ahead=False)
     ledger.ready(FeatureReady(CAT.mm_hash, 1, 0, 8))
     ledger.take_messages()
-    ledger.encoding(CAT.mm_hash, step_id=4)
-    ledger.forget_request("r")  # aborted while the step is in flight
+    state = ledger.get(CAT.mm_hash)
+    assert state is not None
+    state.is_encoding = True
+    ledger.forget_request("r")  # aborted while the batch is in flight
     assert ledger.take_messages() == ([], [])
-    ledger.encoding(CAT.mm_hash, step_id=5)  # evicted at once, and encoded again for somebody else
-    ledger.encoded(CAT.mm_hash, step_id=4)
-    assert ledger.take_messages() == ([], [])
-    ledger.encoded(CAT.mm_hash, step_id=5)
+    ledger.encoded(CAT.mm_hash)
     assert ledger.take_messages() == ([], [CAT.mm_hash]) and ledger.num_pending == 0
+    ledger.check_integrity()
+
+
+def test_a_failure_after_the_pixels_came_is_dropped() -> None:
+    ledger = PixelLedger(100)
+    ledger.want(CAT, "r", ahead=False)
+    ledger.ready(FeatureReady(CAT.mm_hash, 1, 0, 8))
+    assert ledger.failed(FeatureFailed(CAT.mm_hash, 1, "damaged", "invalid_image")) == []
+    assert ledger.get(CAT.mm_hash) is not None
 
 
 def test_failure_names_everyone_who_wanted_it() -> None:
@@ -94,13 +102,17 @@ def test_when_the_slab_is_short_the_most_urgent_picture_gets_room() -> None:
     ledger.check_integrity()
 
 
-def test_making_room_leaves_what_a_step_reads_and_does_nothing_when_nothing_is_awaited() -> None:
+def test_making_room_leaves_what_a_batch_reads_and_does_nothing_when_nothing_is_awaited() -> None:
     ledger = PixelLedger(100)
     ledger.want(CAT, "9", ahead=False)
     ledger.ready(FeatureReady(CAT.mm_hash, 1, 0, 8))
     ledger.make_room(lambda request_id, mm_hash: (int(request_id),))
-    assert ledger.get(CAT.mm_hash) is not None
-    ledger.encoding(CAT.mm_hash, step_id=1)
+    state = ledger.get(CAT.mm_hash)
+    assert state is not None
     ledger.want(DOG, "1", ahead=False)
+    state.is_encoding = True
     ledger.make_room(lambda request_id, mm_hash: (int(request_id),))
     assert ledger.get(CAT.mm_hash) is not None
+    state.is_encoding = False
+    ledger.make_room(lambda request_id, mm_hash: (int(request_id),))
+    assert ledger.get(CAT.mm_hash) is None

@@ -80,11 +80,14 @@ def test_text_before_a_picture_is_computed_while_its_pixels_are_on_their_way() -
     harness = Harness(max_num_batched_tokens=64)
     request = with_picture("r")
     harness.add(request)
+    assert harness.launch_encode() is None and list(harness.asked) == [CAT]
     assert harness.launch().num_scheduled_tokens == {"r": 6}
-    assert harness.launch() is None and list(harness.asked) == [CAT]
+    assert harness.launch() is None
     harness.answer_pixels(CAT)
-    step = harness.launch()
-    assert step.num_scheduled_tokens == {"r": 12} and [item.mm_hash for item in step.encoder_inputs] == [CAT]
+    assert [item.mm_hash for item in harness.launch_encode().inputs] == [CAT]
+    assert harness.launch() is None  # being encoded is not enough
+    harness.settle_encode()
+    assert harness.launch().num_scheduled_tokens == {"r": 12}
     harness.drain()
     assert harness.outputs["r"] == expected_output(request)
 
@@ -152,11 +155,11 @@ def test_pictures_of_waiting_requests_are_asked_for_and_encoded_ahead() -> None:
     harness.add(make_request("running", [1, 2, 3], eos=(), max_tokens=50))
     harness.add(with_picture("waiting", DOG))
     harness.launch()
-    assert list(harness.asked) == [DOG]
+    assert harness.launch_encode() is None and list(harness.asked) == [DOG]
     harness.settle()
     harness.answer_pixels(DOG)
-    step = harness.launch()
-    assert step.num_scheduled_tokens == {"running": 1} and [item.mm_hash for item in step.encoder_inputs] == [DOG]
+    assert [item.mm_hash for item in harness.launch_encode().inputs] == [DOG]
+    assert harness.launch().num_scheduled_tokens == {"running": 1}  # decoding goes on beside it
     harness.drain()
     assert harness.worker.num_encoded == {DOG: 1}
 
@@ -196,13 +199,13 @@ def test_an_aborted_request_lets_go_of_everything_at_once() -> None:
     harness = Harness(max_num_batched_tokens=8)
     harness.add(with_picture("r", size=8))
     harness.launch()
-    harness.launch()
+    harness.encode()
     harness.answer_pixels()
-    harness.launch()
+    harness.launch_encode()
     harness.abort("r")
     scheduler = harness.scheduler
-    assert scheduler.kv.num_used_blocks == 0 and scheduler.encoder_cache.num_references == 0
-    while harness.settle():
+    assert scheduler.kv.num_used_blocks == 0 and scheduler.pixels.num_pending == 1  # its pixels are being read
+    while harness.settle() or harness.settle_encode():
         pass
     scheduler.check_integrity()
     assert scheduler.pixels.num_pending == 0 and not scheduler.has_requests
@@ -211,16 +214,15 @@ def test_an_aborted_request_lets_go_of_everything_at_once() -> None:
 def test_a_late_answer_to_a_withdrawn_pixel_request_is_dropped() -> None:
     harness = Harness(max_num_batched_tokens=64)
     harness.add(with_picture("r"))
-    harness.launch()
+    harness.launch_encode()
     ticket = harness.asked[CAT]
     harness.abort("r")
     harness.add(with_picture("s"))
-    while harness.settle() or harness.launch():
-        pass
+    harness.launch_encode()
     assert harness.asked[CAT] > ticket
     harness.asked[CAT], newer = ticket, harness.asked[CAT]
     harness.answer_pixels(CAT)  # the old answer
-    assert harness.launch() is None
+    assert harness.launch_encode() is None
     harness.asked[CAT] = newer
     harness.drain()
     assert len(harness.outputs["s"]) == 3
@@ -239,21 +241,85 @@ def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
     assert harness.outputs["r"] == expected_output(request)
 
 
-def test_a_step_from_before_a_preemption_drops_no_reference_taken_since() -> None:
-    harness = Harness(block_size=4, max_num_batched_tokens=16, prefix_caching=False)
-    request = with_picture("r", before=2, size=8, after=20)
-    harness.add(request)
-    harness.launch()  # the text before the picture
-    harness.settle()
+def test_requests_that_wait_for_one_picture_behind_one_beginning_compute_it_once() -> None:
+    harness = Harness(num_blocks=200, block_size=4, max_num_batched_tokens=400, depth=1)
+    prompt = [1] * 6 + [50] * 40 + [2] * 3
+    requests = [make_request(f"r{i}", [*prompt, i], [picture(CAT, 6, 40)], max_tokens=3, eos=()) for i in range(5)]
+    for request in requests:
+        harness.add(request)
+    harness.launch_encode()
+    first = harness.launch()
+    assert first.num_scheduled_tokens == {"r0": 6, "r1": 2, "r2": 2, "r3": 2, "r4": 2}  # a block of the text is found
     harness.answer_pixels(CAT)
-    harness.launch()  # past the picture's end, and not yet executed
-    harness.scheduler._preempt(harness.scheduler.running[0])
-    harness.launch()  # the same chunk again
-    cache = harness.scheduler.encoder_cache
-    assert cache.num_references == 1
+    harness.encode()
     harness.settle()
-    assert cache.num_references == 1  # the later step still needs it
-    harness.settle()
-    assert cache.num_references == 0
+    step = harness.launch()
+    # 46 tokens before the text behind the picture: 48 of the 50 fill blocks, which the first fills in the same step.
+    assert step.num_scheduled_tokens == {"r0": 44, "r1": 2, "r2": 2, "r3": 2, "r4": 2}
+    assert step.finished_request_ids == [new.request_id for new in step.new_requests] == ["r1", "r2", "r3", "r4"]
+    assert harness.scheduler.kv.num_used_blocks == 12 + 5
     harness.drain()
-    assert harness.outputs["r"] == expected_output(request)
+    for request in requests:
+        assert harness.outputs[request.request_id] == expected_output(request)
+    # Of the 48, each had computed two of the text itself.
+    assert harness.cached == {"r0": 0, "r1": 46, "r2": 46, "r3": 46, "r4": 46}
+    assert harness.scheduler.stats.prefix_cache_hits == 4 * 46
+    assert harness.worker.num_encoded == {CAT: 1}
+
+
+def test_a_request_that_adopted_a_prefix_may_end_before_the_workers_know_it_again() -> None:
+    harness = Harness(num_blocks=200, block_size=4, max_num_batched_tokens=400, depth=1)
+    prompt = [1] * 6 + [50] * 8 + [2] * 6 + [50] * 8 + [3]
+    for i in range(3):
+        harness.add(make_request(f"r{i}", [*prompt, i], [picture(CAT, 6, 8), picture(DOG, 20, 8)], eos=()))
+    harness.launch_encode()
+    harness.launch()
+    harness.answer_pixels(CAT)
+    harness.encode()
+    harness.settle()
+    harness.launch_encode()
+    # All full blocks up to the dog: the others adopt them, and have nothing to compute themselves.
+    step = harness.launch()
+    assert step.num_scheduled_tokens == {"r0": 14} and step.finished_request_ids == ["r1", "r2"]
+    assert harness.scheduler.encoding.changed  # two requests need no cat any more
+    harness.settle()
+    assert harness.launch() is None
+    harness.abort("r1")
+    harness.drain()
+    ended = [request_id for step in harness.worker.steps for request_id in step.finished_request_ids]
+    described = [new.request_id for step in harness.worker.steps for new in step.new_requests]
+    assert ended.count("r1") == described.count("r1")
+
+
+def test_a_picture_read_by_a_step_in_flight_stays_whatever_becomes_of_its_request() -> None:
+    """What the step writes is findable by its hash already: garbage there would be another's answer."""
+    harness = Harness(block_size=4, encoder_pages=1, max_num_batched_tokens=16)
+    harness.add(with_picture("r", before=2, size=8, after=20))
+    harness.launch_encode()
+    harness.answer_pixels(CAT)
+    harness.encode()
+    harness.launch()  # over the picture, and not yet executed
+    harness.abort("r")
+    other = with_picture("s", DOG, text=4)
+    harness.add(other)
+    harness.launch_encode()
+    harness.answer_pixels(DOG)
+    assert harness.launch_encode() is None and CAT in harness.scheduler.encoder_cache
+    harness.settle()
+    batch = harness.launch_encode()
+    assert batch.free_mm_hashes == [CAT] and [item.mm_hash for item in batch.inputs] == [DOG]
+    harness.drain()
+    assert harness.outputs["s"] == expected_output(other)
+
+
+def test_a_preempted_request_finds_the_picture_that_was_being_encoded() -> None:
+    harness = Harness(block_size=4, max_num_batched_tokens=64)
+    request = with_picture("r")
+    harness.add(request)
+    harness.launch_encode()
+    harness.launch()  # the text before the picture
+    harness.answer_pixels(CAT)
+    harness.launch_encode()
+    harness.scheduler._preempt(harness.scheduler.running[0])
+    harness.drain()
+    assert harness.outputs["r"] == expected_output(request) and harness.worker.num_encoded == {CAT: 1}

@@ -1,4 +1,4 @@
-"""Self-attention of a decoder layer: projections and rotation here, the attention itself by whom the runner chose."""
+"""Self-attention of a decoder layer: the projections. Rotation, cache and attention itself are of whom the runner chose."""
 
 from __future__ import annotations
 
@@ -18,17 +18,14 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self._layer_index = layer_index
-        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self._num_kv_heads, self._head_dim = num_kv_heads, head_dim
         self._scale = head_dim**-0.5
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
         self.qkv_proj = MergedLinear(hidden_size, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, bias=qkv_bias)
         self.o_proj = Linear(q_size, hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor, rope: Rope, attention: StepAttention) -> torch.Tensor:
-        """`hidden` [T, hidden_size], in and out."""
+        """`hidden` [T, hidden_size]; returns as much to be added to the residual stream, or its partial sums."""
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self._head_dim))  # [T, heads + 2 kv_heads, head_dim]
-        rotated = rope.rotate(qkv[:, : self._num_heads + self._num_kv_heads])
-        query, key = rotated.split((self._num_heads, self._num_kv_heads), dim=1)
-        value = qkv[:, -self._num_kv_heads :]
-        attended = attention(self._layer_index, query, key, value, self._scale)  # [T, heads, head_dim]
-        return self.o_proj(attended.flatten(1))
+        attended = attention(self._layer_index, qkv, self._num_kv_heads, rope, self._scale)  # [T, heads, head_dim]
+        return self.o_proj.partial_sums(attended.flatten(1))

@@ -1,11 +1,11 @@
-"""The two ends of a language model: token ids to vectors, vectors to logits."""
+"""The two ends of a language model: token ids and pictures to vectors, vectors to logits."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from mmv1.kernels import ops_for
 from mmv1.models.layers.linear import empty_parameter
 
 
@@ -16,8 +16,9 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.weight = empty_parameter(vocab_size, hidden_size)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(input_ids, self.weight)
+    def forward(self, input_ids: torch.Tensor, image_rows: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
+        """See `interface.Model.embed`."""
+        return ops_for(input_ids.device).embed(input_ids, self.weight, image_rows, image_embeddings)
 
 
 class LMHead(nn.Module):
@@ -28,4 +29,4 @@ class LMHead(nn.Module):
         self.weight = empty_parameter(vocab_size, hidden_size) if tied_to is None else tied_to.weight
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.weight)
+        return ops_for(hidden.device).linear(hidden, self.weight, None)

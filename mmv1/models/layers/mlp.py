@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from mmv1.kernels import ops_for
 from mmv1.models.layers.linear import Linear, MergedLinear
 
 
@@ -15,10 +15,10 @@ class GatedMLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool) -> None:
         super().__init__()
         self.gate_up_proj = MergedLinear(
-            hidden_size, {"gate_proj": intermediate_size, "up_proj": intermediate_size}, bias=bias
+            hidden_size, {"gate_proj": intermediate_size, "up_proj": intermediate_size}, bias=bias, aligned=True
         )
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, aligned=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        """The sum to be added to the residual stream, or its partial sums."""
+        return self.down_proj.partial_sums(ops_for(x.device).silu_and_mul(self.gate_up_proj(x)))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from mmv1.kernels import ops_for
 from mmv1.models.layers.linear import empty_parameter
 
 
@@ -18,4 +18,9 @@ class RMSNorm(nn.Module):
         self._eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
+        return ops_for(x.device).rms_norm(x, self.weight, self._eps)
+
+    def add(self, update: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream [T, hidden_size] with `update` added to it: normalised, and as it is. `update` may be partial sums
+        (`Linear.partial_sums`)."""
+        return ops_for(residual.device).add_rms_norm(update, residual, self.weight, self._eps)

@@ -13,8 +13,7 @@ from torch import nn
 
 
 class Rope(NamedTuple):
-    """What rotates a step's queries and keys, [T, 1, head_dim] each. The sign of rotate-half lies in `sin`: its first half
-    is negated, so that rotate_half(x) * sin is roll(x) * this."""
+    """What rotates a step's queries and keys: cosines and sines, [T, head_dim / 2] each, for both halves of a head alike."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -22,13 +21,7 @@ class Rope(NamedTuple):
     @classmethod
     def from_angles(cls, angles: torch.Tensor, dtype: torch.dtype) -> Rope:
         """`angles` float32 [T, head_dim / 2]."""
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        return cls(torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1))
-
-    def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [T, heads, head_dim]; computed in the wider of its dtype and the table's, returned in its own."""
-        rolled = x.roll(x.shape[-1] // 2, dims=-1)
-        return torch.addcmul(x * self.cos, rolled, self.sin).to(x.dtype)
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 def _inverse_frequencies(dim: int, theta: float) -> torch.Tensor:

@@ -9,6 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from mmv1.kernels import ops_for
+from mmv1.models.interface import SegmentRoom
+from mmv1.models.layers.rotary import Rope
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMetadata:
@@ -19,13 +23,15 @@ class AttentionMetadata:
     seq_lens: np.ndarray  # int64 [R], host: tokens of each request once this step is computed
     query_start_loc: torch.Tensor  # int32 [R + 1]: first token of each request in the step
     seq_lens_device: torch.Tensor  # int32 [R]
-    block_table: torch.Tensor  # int32 [R, blocks of the longest]: block ids, in order; past a request's end anything valid
-    slot_mapping: torch.Tensor  # int64 [T]: where each token's key and value go: block id * block_size + place in it
+    rows: torch.Tensor  # int32 [R]: each request's row in block_table
+    host_rows: np.ndarray  # int64 [R], host: the same
+    block_table: torch.Tensor  # int32 [rows, blocks of the longest]: block ids, in order; past a request's end anything valid
     block_size: int
 
 
 class AttentionBackend(Protocol):
-    """`kv_cache` is one layer's [2, num_blocks, block_size, KV, D]: keys, then values."""
+    """`kv_cache` is one layer's [2, num_blocks, block_size, KV, D]: keys, then values. What lies in slots that no token of a
+    request has written, NaN included, never reaches its result."""
 
     name: str
 
@@ -42,27 +48,53 @@ class AttentionBackend(Protocol):
         plan: Any,
         scale: float,
     ) -> torch.Tensor:
-        """Write `key` and `value` [T, KV, D] to the cache, then attend with `query` [T, H, D]. Returns [T, H, D]."""
+        """Attend with `query` [T, H, D]. `key` and `value` [T, KV, D], the step's own, are in the cache already. Returns
+        [T, H, D]."""
         ...
 
-    def plan_varlen(self, seqlens: Sequence[int], device: torch.device) -> Any:
+    def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> Any:
         """As `plan`, for attention inside segments of these lengths, without a cache (vision towers)."""
         ...
 
     def varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Any, scale: float) -> torch.Tensor:
-        """Every token sees its whole segment. All are [N, H, D]."""
+        """Every token sees its whole segment. All are [N, H, D]; the inputs may be views of one product."""
         ...
 
 
-class PagedAttention:
-    """A step's attention as a model's layers see it: the backend, the layers' caches and the plan bound together."""
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`array` on the device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    def __init__(self, backend: AttentionBackend, kv_caches: Sequence[torch.Tensor], metadata: AttentionMetadata) -> None:
+
+class PagedAttention:
+    """A step's attention as a model's layers see it: the backend, its plan, the layers' caches and the places of the step's
+    tokens in them (`slot_mapping` int32 [T]: block id * block_size + place in it) bound together."""
+
+    def __init__(
+        self, backend: AttentionBackend, plan: Any, kv_caches: Sequence[torch.Tensor], slot_mapping: torch.Tensor
+    ) -> None:
         self._backend = backend
+        self._plan = plan
         self._kv_caches = kv_caches
-        self._plan = backend.plan(metadata)
+        self._slot_mapping = slot_mapping
+        self._ops = ops_for(slot_mapping.device)
 
     def __call__(
-        self, layer_index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer_index: int,
+        qkv: torch.Tensor,
+        num_kv_heads: int,
+        rope: Rope,
+        scale: float,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
     ) -> torch.Tensor:
-        return self._backend.forward(query, key, value, self._kv_caches[layer_index], self._plan, scale)
+        """`qkv` [T, H + 2 KV, D], not rotated yet; `q_norm` and `k_norm` [D]: weights of a norm per head before that. Returns
+        [T, H, D]."""
+        kv_cache = self._kv_caches[layer_index]
+        query, key, value = self._ops.rotate_and_store(
+            qkv, num_kv_heads, rope.cos, rope.sin, self._slot_mapping, kv_cache, q_norm, k_norm, eps
+        )
+        return self._backend.forward(query, key, value, kv_cache, self._plan, scale)

@@ -1,7 +1,8 @@
 """The reference backend: torch's scaled_dot_product_attention, on any device.
 
 Requests with one token in the step (decodes) are gathered and padded into a few batched calls, grouped by length so that at
-most half of a group is padding. Longer chunks run one by one. Grouped-query heads share their key through a stride-0 view.
+most half of a group is padding. Padding repeats a request's own first key: nothing else in the cache is read. Longer chunks run
+one by one. Grouped-query heads share their key through a stride-0 view.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from mmv1.models.interface import SegmentRoom
 from mmv1.runner.attention.backend import AttentionMetadata
 
 _QUERY_TILE = 64
@@ -22,7 +24,7 @@ class _Decodes(NamedTuple):
     """Requests with one token each, of similar length. S: the padded length in tokens."""
 
     tokens: torch.Tensor | None  # int64 [R]: their places in the step; None: all of it, in order
-    blocks: torch.Tensor  # int32 [R * blocks]: block ids
+    slots: torch.Tensor  # int32 [R * S]: where their keys lie
     mask: torch.Tensor  # bool [R, 1, 1, S]: False where padded
 
 
@@ -37,7 +39,6 @@ class _Chunk(NamedTuple):
 
 
 class _StepPlan(NamedTuple):
-    slot_mapping: torch.Tensor
     decodes: list[_Decodes]
     chunks: list[_Chunk]
 
@@ -56,37 +57,44 @@ class SDPABackend:
         query_lens, seq_lens = metadata.query_lens, metadata.seq_lens
         starts = np.cumsum(query_lens) - query_lens
         num_blocks = -(-seq_lens // metadata.block_size)
-        device = metadata.slot_mapping.device
-        decodes = []
         single = np.flatnonzero(query_lens == 1)
         # The bit length of the number of blocks: a group's longest is less than twice its shortest.
         groups = np.frexp(num_blocks[single])[1]
+        decodes = []
         for group in np.unique(groups):
-            rows = single[groups == group]
-            width = int(num_blocks[rows].max())
-            everyone = len(rows) == len(query_lens)
-            row_index = None if everyone else torch.from_numpy(rows).to(device, non_blocking=True)
-            table, lens = metadata.block_table[:, :width], metadata.seq_lens_device
-            if row_index is not None:
-                table, lens = table.index_select(0, row_index), lens.index_select(0, row_index)
-            mask = torch.arange(width * metadata.block_size, device=device) < lens[:, None]
-            tokens = None if everyone else torch.from_numpy(starts[rows]).to(device, non_blocking=True)
-            decodes.append(_Decodes(tokens, table.flatten(), mask[:, None, None]))
+            requests = single[groups == group]
+            decodes.append(self._plan_decodes(metadata, requests, starts[requests], int(seq_lens[requests].max())))
         longer = np.flatnonzero(query_lens > 1)
-        chunks = [self._plan_chunk(metadata, row, int(starts[row]), int(num_blocks[row])) for row in longer.tolist()]
-        return _StepPlan(metadata.slot_mapping, decodes, chunks)
+        chunks = [self._plan_chunk(metadata, i, int(starts[i]), int(num_blocks[i])) for i in longer.tolist()]
+        return _StepPlan(decodes, chunks)
 
     @staticmethod
-    def _plan_chunk(metadata: AttentionMetadata, row: int, start: int, num_blocks: int) -> _Chunk:
-        length, seq_len = int(metadata.query_lens[row]), int(metadata.seq_lens[row])
+    def _plan_decodes(metadata: AttentionMetadata, requests: np.ndarray, starts: np.ndarray, longest: int) -> _Decodes:
+        device, block_size = metadata.block_table.device, metadata.block_size
+        rows, lens, tokens = metadata.rows, metadata.seq_lens_device, None
+        if len(requests) < len(metadata.query_lens):
+            chosen, tokens = (torch.from_numpy(x).to(device, non_blocking=True) for x in (requests, starts))
+            rows, lens = rows.index_select(0, chosen), lens.index_select(0, chosen)
+        places = torch.arange(longest, dtype=torch.int32, device=device)
+        mask = places < lens[:, None]  # [R, S]
+        places = torch.where(mask, places, 0)
+        table = metadata.block_table[:, : -(-longest // block_size)].index_select(0, rows)
+        slots = table.gather(1, (places // block_size).long()) * block_size + places % block_size
+        return _Decodes(tokens, slots.flatten(), mask[:, None, None])
+
+    @staticmethod
+    def _plan_chunk(metadata: AttentionMetadata, request: int, start: int, num_blocks: int) -> _Chunk:
+        length, seq_len = int(metadata.query_lens[request]), int(metadata.seq_lens[request])
         if length == seq_len:
             return _Chunk(start, start + length, None, seq_len, None)
-        device = metadata.slot_mapping.device
+        device = metadata.block_table.device
         # Measured with torch 2.11 on an H100: its float32 kernel with a mask gets the last query wrong when it is alone in a
         # tile of 64. One query more, whose result is dropped, gives it company.
         rows = length + (length % _QUERY_TILE == 1)
         mask = torch.ones(rows, seq_len, dtype=torch.bool, device=device).tril(seq_len - length)
-        return _Chunk(start, start + length, metadata.block_table[row, :num_blocks], seq_len, mask)
+        row = metadata.rows[request : request + 1]
+        blocks = metadata.block_table[:, :num_blocks].index_select(0, row).flatten()
+        return _Chunk(start, start + length, blocks, seq_len, mask)
 
     def forward(
         self,
@@ -97,9 +105,6 @@ class SDPABackend:
         plan: _StepPlan,
         scale: float,
     ) -> torch.Tensor:
-        keys, values = kv_cache.flatten(1, 2).unbind(0)  # [slots, KV, D] each
-        keys.index_copy_(0, plan.slot_mapping, key)
-        values.index_copy_(0, plan.slot_mapping, value)
         output = torch.empty_like(query)
         for decodes in plan.decodes:
             self._decode(query, kv_cache, decodes, scale, output)
@@ -113,7 +118,7 @@ class SDPABackend:
         num_kv_heads, head_dim = kv_cache.shape[-2:]
         q = query if plan.tokens is None else query.index_select(0, plan.tokens)
         q = q.view(rows, num_kv_heads, -1, head_dim)  # the queries of a group take the place of the query axis
-        gathered = kv_cache.index_select(1, plan.blocks).view(2, rows, padded, num_kv_heads, head_dim)
+        gathered = kv_cache.flatten(1, 2).index_select(1, plan.slots).view(2, rows, padded, num_kv_heads, head_dim)
         k, v = gathered.transpose(2, 3).unbind(0)  # [R, KV, S, D] each
         attended = scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, scale=scale).reshape(rows, -1, head_dim)
         if plan.tokens is None:
@@ -148,7 +153,9 @@ class SDPABackend:
             attended = attended[:, :, :length]
         output[chunk.start : chunk.stop] = attended.permute(2, 0, 1, 3).flatten(1, 2)
 
-    def plan_varlen(self, seqlens: Sequence[int], device: torch.device) -> list[_Segments]:
+    def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> list[_Segments]:
+        if room is not None:
+            raise ValueError("sdpa lays segments out by their lengths: its plans cannot be recorded")
         lengths = np.asarray(seqlens, dtype=np.int64)
         starts = np.cumsum(lengths) - lengths
         plan = []

@@ -1,0 +1,146 @@
+"""FlashAttention, where it is installed: prompts, mixed steps and long segments; our own kernels do the rest (triton.py).
+
+Either flash-attn-4 (`flash_attn.cute`, compiled at first use) or FlashAttention 3 (`flash_attn_interface`). Both import slowly:
+nothing is imported before `load`, which the first call does if nobody has before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from mmv1.errors import ConfigError
+from mmv1.models.interface import SegmentRoom
+from mmv1.runner.attention.backend import AttentionMetadata
+from mmv1.runner.attention.triton import TritonBackend, cumulative
+
+
+class _PagedPlan(NamedTuple):
+    query_start_loc: torch.Tensor  # int32 [R + 1]
+    seq_lens: torch.Tensor  # int32 [R]
+    page_table: torch.Tensor  # int32 [R, blocks of the longest]
+    max_query_len: int
+
+
+class _SegmentPlan(NamedTuple):
+    cu_seqlens: torch.Tensor  # int32 [segments + 1]
+    longest: int
+
+
+class FlashFunctions(NamedTuple):
+    """What both packages are called through."""
+
+    paged: Callable[[torch.Tensor, torch.Tensor, _PagedPlan, float], torch.Tensor]  # query, kv_cache, plan, scale
+    segments: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, _SegmentPlan, float], torch.Tensor]  # query, key, value, ...
+
+
+def is_installed() -> bool:
+    """Whether a package is there; imports neither."""
+    return _has("flash_attn.cute") or _has("flash_attn_interface")
+
+
+def _has(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a module inside a package that is not there
+        return False
+
+
+@cache
+def load() -> FlashFunctions:
+    """Import the package (seconds). Raises ConfigError when there is none."""
+    if _has("flash_attn.cute"):
+        return _load_cute()
+    if _has("flash_attn_interface"):
+        return _load_interface()
+    raise ConfigError("the attention backend 'flash' needs the package flash-attn-4")
+
+
+def _load_cute() -> FlashFunctions:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    def paged(query: torch.Tensor, kv_cache: torch.Tensor, plan: _PagedPlan, scale: float) -> torch.Tensor:
+        return _first(flash_attn_varlen_func(
+            query, kv_cache[0], kv_cache[1], cu_seqlens_q=plan.query_start_loc, seqused_k=plan.seq_lens,
+            max_seqlen_q=plan.max_query_len, page_table=plan.page_table, softmax_scale=scale, causal=True, num_splits=1,
+        ))  # fmt: skip
+
+    def segments(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _SegmentPlan, scale: float
+    ) -> torch.Tensor:
+        return _first(flash_attn_varlen_func(
+            query, key, value, cu_seqlens_q=plan.cu_seqlens, cu_seqlens_k=plan.cu_seqlens, max_seqlen_q=plan.longest,
+            max_seqlen_k=plan.longest, softmax_scale=scale,
+        ))  # fmt: skip
+
+    return FlashFunctions(paged, segments)
+
+
+def _load_interface() -> FlashFunctions:
+    from flash_attn_interface import flash_attn_varlen_func, flash_attn_with_kvcache
+
+    def paged(query: torch.Tensor, kv_cache: torch.Tensor, plan: _PagedPlan, scale: float) -> torch.Tensor:
+        return _first(flash_attn_with_kvcache(
+            query, kv_cache[0], kv_cache[1], cache_seqlens=plan.seq_lens, page_table=plan.page_table,
+            cu_seqlens_q=plan.query_start_loc, max_seqlen_q=plan.max_query_len, softmax_scale=scale, causal=True,
+        ))  # fmt: skip
+
+    def segments(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _SegmentPlan, scale: float
+    ) -> torch.Tensor:
+        return _first(flash_attn_varlen_func(
+            query, key, value, plan.cu_seqlens, plan.cu_seqlens, plan.longest, plan.longest, softmax_scale=scale
+        ))  # fmt: skip
+
+    return FlashFunctions(paged, segments)
+
+
+def _first(result: Any) -> torch.Tensor:
+    """Versions differ in whether the sums come with the output."""
+    return cast(torch.Tensor, result[0] if isinstance(result, tuple) else result)
+
+
+class FlashBackend:
+    """bfloat16 and float16 on Hopper and later. It splits no request's keys there: steps of single tokens, and whatever comes as
+    a TilePlan, go to our kernel, and so do windows, which it is slow at."""
+
+    name = "flash"
+
+    def __init__(self) -> None:
+        self._triton = TritonBackend()
+
+    def plan(self, metadata: AttentionMetadata) -> Any:
+        max_query_len = int(metadata.query_lens.max())
+        if max_query_len == 1:
+            return self._triton.plan(metadata)
+        num_blocks = -(-int(metadata.seq_lens.max()) // metadata.block_size)
+        page_table = metadata.block_table[:, :num_blocks].index_select(0, metadata.rows)
+        return _PagedPlan(metadata.query_start_loc, metadata.seq_lens_device, page_table, max_query_len)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        plan: Any,
+        scale: float,
+    ) -> torch.Tensor:
+        if isinstance(plan, _PagedPlan):
+            return load().paged(query, kv_cache, plan, scale)
+        return self._triton.forward(query, key, value, kv_cache, plan, scale)
+
+    def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> Any:
+        num_segments, longest = room or (None, max(seqlens))
+        if longest <= self._triton.max_window:
+            return self._triton.plan_varlen(seqlens, device, room)
+        return _SegmentPlan(cumulative(seqlens, device, num_segments), longest)
+
+    def varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Any, scale: float) -> torch.Tensor:
+        if isinstance(plan, _SegmentPlan):
+            return load().segments(query, key, value, plan, scale)
+        return self._triton.varlen(query, key, value, plan, scale)

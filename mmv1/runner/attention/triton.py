@@ -1,0 +1,181 @@
+"""Our own kernels: paged attention by tiles, and attention inside segments. Triton is imported with the first backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+
+from mmv1.models.interface import SegmentRoom
+from mmv1.runner.attention.backend import AttentionMetadata, upload
+
+_CHUNK_TILE = 128  # tokens of a tile of a chunk
+_SMALL_TILE_ROWS = 16  # the fewest query rows a product on tensor cores takes
+_MAX_SPLITS = 64
+_KEYS_PER_SPLIT = 128  # at least, else the sum of the parts costs more than is won
+_PROGRAMS_PER_SM = 4
+
+
+class TilePlan(NamedTuple):
+    """A step as tiles: some tokens of one request each. Made anew for a step, or over tensors that a recorded step reads."""
+
+    tiles: torch.Tensor  # int32 [4, n]: row of block_table, first token in the step, tokens (0: none), its index in the request
+    block_table: torch.Tensor  # int32 [rows, blocks]
+    block_size: int
+    tokens_per_tile: int
+    num_splits: int
+
+
+def make_tiles(
+    rows: np.ndarray,
+    starts: np.ndarray,
+    query_lens: np.ndarray,
+    computed: np.ndarray,
+    tokens_per_tile: int,
+    num_tiles: int | None = None,
+) -> np.ndarray:
+    """The tiles of R requests, int32 [4, n]: each request's tokens cut every `tokens_per_tile`, zeros up to `num_tiles`.
+
+    All int64 [R]: row in the block table, first token in the step, tokens in the step, tokens computed before it. Raises
+    ValueError when `num_tiles` are too few.
+    """
+    counts = -(-query_lens // tokens_per_tile)
+    ends = np.cumsum(counts)
+    needed = int(ends[-1]) if len(ends) else 0
+    if num_tiles is None:
+        num_tiles = needed
+    elif num_tiles < needed:
+        raise ValueError(f"{needed} tiles are needed, there is room for {num_tiles}")
+    request = np.repeat(np.arange(len(rows)), counts)
+    first = (np.arange(needed) - np.repeat(ends - counts, counts)) * tokens_per_tile  # of the request's tokens in the step
+    tiles = np.zeros((4, num_tiles), dtype=np.int32)
+    tiles[0, :needed] = rows[request]
+    tiles[1, :needed] = starts[request] + first
+    tiles[2, :needed] = np.minimum(query_lens[request] - first, tokens_per_tile)
+    tiles[3, :needed] = computed[request] + first
+    return tiles
+
+
+def small_tile_tokens(group: int) -> int:
+    """Tokens that fill the smallest tile with the `group` query heads of one key head."""
+    return max(1, _SMALL_TILE_ROWS // group)
+
+
+def choose_num_splits(num_tiles: int, num_kv_heads: int, max_seq_len: int, num_sms: int) -> int:
+    """Parts in which the keys of every tile are read: enough to keep the device busy, none shorter than is worth it at
+    `max_seq_len` tokens. Depends on nothing on the device, so the grid of a recorded launch stands for good."""
+    wanted = _PROGRAMS_PER_SM * num_sms // (num_tiles * num_kv_heads)
+    return max(1, min(wanted, max_seq_len // _KEYS_PER_SPLIT, _MAX_SPLITS))
+
+
+class _StepPlan(NamedTuple):
+    """A step of any size: its single tokens and its longer chunks, in tiles that suit them."""
+
+    decodes: TilePlan | None
+    longest: int  # of the decodes, in tokens of the request
+    chunks: TilePlan | None
+
+
+class _Segments(NamedTuple):
+    kernel: torch.Tensor  # segments or their tiles, for our kernels
+    cu_seqlens: torch.Tensor | None  # int32 [segments + 1] where torch's kernel may serve: long ones on CUDA
+    longest: int
+
+
+class TritonBackend:
+    """Long segments go to torch's varlen_attn (FlashAttention 2) where it can take them, as it is faster there."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        from mmv1.kernels import paged_attention, varlen_attention
+
+        self._paged = paged_attention
+        self._varlen = varlen_attention
+        self.max_window = varlen_attention.MAX_WINDOW
+
+    def plan(self, metadata: AttentionMetadata) -> _StepPlan:
+        query_lens, seq_lens = metadata.query_lens, metadata.seq_lens
+        single = np.flatnonzero(query_lens == 1)
+        longer = np.flatnonzero(query_lens > 1)
+        return _StepPlan(
+            decodes=self._tiles(metadata, single, 1),
+            longest=int(seq_lens[single].max()) if len(single) else 0,
+            chunks=self._tiles(metadata, longer, _CHUNK_TILE),
+        )
+
+    @staticmethod
+    def _tiles(metadata: AttentionMetadata, requests: np.ndarray, tokens_per_tile: int) -> TilePlan | None:
+        """Tiles of some requests of the step, those with most keys first: they take longest."""
+        if not len(requests):
+            return None
+        query_lens = metadata.query_lens[requests]
+        starts = (np.cumsum(metadata.query_lens) - metadata.query_lens)[requests]
+        computed = metadata.seq_lens[requests] - query_lens
+        tiles = make_tiles(metadata.host_rows[requests], starts, query_lens, computed, tokens_per_tile)
+        on_device = upload(np.take(tiles, np.argsort(-tiles[3], kind="stable"), axis=1), metadata.block_table.device)
+        return TilePlan(on_device, metadata.block_table, metadata.block_size, tokens_per_tile, num_splits=1)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        plan: _StepPlan | TilePlan,
+        scale: float,
+    ) -> torch.Tensor:
+        """Of a TilePlan too. Tokens in no tile of it have an undefined result."""
+        output = query.new_empty(query.shape)
+        if isinstance(plan, TilePlan):
+            self._attend(query, kv_cache, plan, scale, output)
+            return output
+        if plan.decodes is not None:
+            num_tiles, num_sms = plan.decodes.tiles.shape[1], num_multiprocessors(query.device)
+            num_splits = choose_num_splits(num_tiles, kv_cache.shape[3], plan.longest, num_sms)
+            self._attend(query, kv_cache, plan.decodes._replace(num_splits=num_splits), scale, output)
+        if plan.chunks is not None:
+            self._attend(query, kv_cache, plan.chunks, scale, output)
+        return output
+
+    def _attend(self, query: torch.Tensor, kv_cache: torch.Tensor, plan: TilePlan, scale: float, output: torch.Tensor) -> None:
+        self._paged.paged_attention(
+            query,
+            kv_cache,
+            plan.tiles,
+            plan.block_table,
+            scale,
+            block_size=plan.block_size,
+            tokens_per_tile=plan.tokens_per_tile,
+            num_splits=plan.num_splits,
+            output=output,
+        )
+
+    def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> _Segments:
+        num_segments, longest = room or (None, max(seqlens))
+        segments = upload(self._varlen.make_segments(seqlens, longest, num_segments), device)
+        long_on_cuda = device.type == "cuda" and longest > self.max_window
+        return _Segments(segments, cumulative(seqlens, device, num_segments) if long_on_cuda else None, longest)
+
+    def varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _Segments, scale: float
+    ) -> torch.Tensor:
+        if plan.cu_seqlens is None or query.dtype == torch.float32 or query.shape[-1] % 8:
+            return self._varlen.varlen_attention(query, key, value, plan.kernel, scale)
+        from torch.nn.attention.varlen import varlen_attn
+
+        attended = varlen_attn(query, key, value, plan.cu_seqlens, plan.cu_seqlens, plan.longest, plan.longest, scale=scale)
+        return cast(torch.Tensor, attended)
+
+
+def cumulative(seqlens: Sequence[int], device: torch.device, num_segments: int | None = None) -> torch.Tensor:
+    """int32 [segments + 1]: where each begins, and the end; up to `num_segments` with empty ones."""
+    ends = np.concatenate([[0], np.cumsum(seqlens)]).astype(np.int32)
+    return upload(ends if num_segments is None else np.pad(ends, (0, num_segments + 1 - len(ends)), mode="edge"), device)
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a CPU, which interprets the kernels: 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

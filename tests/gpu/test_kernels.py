@@ -1,0 +1,141 @@
+"""The contract of tests/kernels at the sizes of Qwen2.5-VL's models (7B and 3B, and their vision tower), in bfloat16 on the
+device: plain torch there, and the fused kernels, whose numbers are moreover those of transformers' separate operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mmv1.kernels import fused, plain
+from mmv1.kernels.sampling import gumbel_argmax
+from mmv1.runner.platform import Platform
+from mmv1.runner.sampler import Sampler
+from tests.kernels import contract
+from tests.kernels.contract import Setting
+
+pytestmark = pytest.mark.gpu
+
+SETTINGS = {
+    "plain": Setting(plain, "cuda", torch.bfloat16, rounds=True),
+    "fused": Setting(fused, "cuda", torch.bfloat16, rounds=True, like_transformers=True),
+    "fused float32": Setting(fused, "cuda", torch.float32, rounds=True),
+}
+ROWS = [1, 3, 64, 1021]
+HIDDEN = [3584, 2048, 1280]
+
+
+@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS.keys())
+def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
+    torch.manual_seed(0)
+    with contract.poisoned_outputs():
+        yield request.param
+
+
+@pytest.mark.parametrize("width", HIDDEN)
+@pytest.mark.parametrize("rows", ROWS)
+def test_norms(setting: Setting, rows: int, width: int) -> None:
+    contract.check_rms_norm(setting, rows, width)
+    contract.check_add_rms_norm(setting, rows, width)
+    for parts in (1, 2, 7):
+        contract.check_add_rms_norm_of_parts(setting, parts, rows, width)
+
+
+@pytest.mark.parametrize("width", [18944, 11008, 3456])
+@pytest.mark.parametrize("rows", ROWS)
+def test_silu_and_mul(setting: Setting, rows: int, width: int) -> None:
+    contract.check_silu_and_mul(setting, rows, width)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (16, 2), (16, 4), (28, 8)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_rotate_and_store(setting: Setting, rows: int, heads: int, kv_heads: int, norm: bool) -> None:
+    contract.check_rotate_and_store(setting, rows, heads, kv_heads, 128, norm=norm)
+    contract.check_rotate_and_store(setting, rows, heads, kv_heads, 128, norm=norm, angles=torch.float32)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_rotate_in_place(setting: Setting, rows: int) -> None:
+    contract.check_rotate_(setting, rows, 32, 80)
+
+
+@pytest.mark.parametrize("width", HIDDEN[:2])
+@pytest.mark.parametrize("rows", ROWS)
+def test_embed(setting: Setting, rows: int, width: int) -> None:
+    contract.check_embed(setting, rows, 152064, width)
+
+
+@pytest.mark.parametrize("padded_width", [588, 592])
+@pytest.mark.parametrize("units", [1, 1369])
+def test_normalize_patches(setting: Setting, units: int, padded_width: int) -> None:
+    contract.check_normalize_patches(setting, units, 4, 3, 196, padded_width)
+
+
+@pytest.mark.parametrize("ops", [plain, fused], ids=["plain", "fused"])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17])
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (152064, 3584), (2560, 2048), (2048, 2048), (22016, 2048),
+     (2048, 11008), (151936, 2048)],
+)  # fmt: skip
+def test_linear(ops: object, tokens: int, rows: int, width: int) -> None:
+    torch.manual_seed(0)
+    with contract.poisoned_outputs():
+        contract.check_linear(Setting(ops, "cuda", torch.bfloat16, rounds=True), tokens, rows, width)  # type: ignore[arg-type]
+
+
+def test_products_repeat_to_the_bit() -> None:
+    x, weight = (torch.randn(rows, 18944, device="cuda", dtype=torch.bfloat16) for rows in (5, 3584))
+    first = fused.linear_partial(x, weight)
+    assert all(torch.equal(fused.linear_partial(x, weight), first) for _ in range(10))
+    assert torch.equal(fused.linear_partial(x[2:3], weight)[..., 0, :], first[..., 2, :])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_a_whole_vocabulary_is_drawn_from_as_by_torch(rows: int) -> None:
+    vocab = 152064
+    torch.manual_seed(rows)
+    logits = (torch.randn(rows, vocab, device="cuda") * 3).bfloat16()
+    keys = torch.randint(-(1 << 63), (1 << 63) - 1, (rows,), device="cuda")
+    temperature = torch.rand(rows, device="cuda") * 2 + 0.05
+    noise = Sampler(Platform(), vocab)._log_exponential(keys)
+    drawn = gumbel_argmax(logits, temperature, keys)
+    assert torch.equal(drawn, (logits.float() / temperature.unsqueeze(1) - noise).argmax(dim=-1))
+    assert torch.equal(gumbel_argmax(logits, torch.zeros_like(temperature), keys), logits.argmax(dim=-1))
+
+
+def test_numbers_of_tokens_compile_nothing() -> None:
+    """Kernels met once are not compiled again for another number of tokens, nor for where in a buffer its numbers lie."""
+    from mmv1.kernels import embedding, linear, norm, rotary, sampling
+
+    kernels = [embedding._embed_kernel, linear._skinny_kernel, linear._sum_parts_kernel, norm._add_rms_norm_kernel,
+               norm._rms_norm_kernel, rotary._rotate_and_store_kernel, sampling._draw_parts_kernel]  # fmt: skip
+    weight, table = torch.ones(256, device="cuda", dtype=torch.bfloat16), torch.ones(64, 256, device="cuda", dtype=torch.bfloat16)
+    cache = torch.zeros(2, 8, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
+    numbers = torch.arange(64, device="cuda", dtype=torch.int32)
+    matrix = torch.ones(48, 256, device="cuda", dtype=torch.bfloat16)
+
+    def step(tokens: int, start: int) -> None:
+        places = numbers[start : start + tokens]
+        hidden = fused.embed(places, table, places - 20, table)
+        parts = torch.ones(3, tokens, 256, device="cuda")
+        fused.add_rms_norm(parts, hidden, weight, 1e-6)
+        fused.rms_norm(hidden, weight, 1e-6)
+        angles = torch.ones(tokens, 32, device="cuda", dtype=torch.bfloat16)
+        fused.rotate_and_store(hidden.view(tokens, 4, 64).repeat(1, 2, 1), 2, angles, angles, places, cache)
+        if tokens <= linear.MAX_SKINNY_TOKENS:
+            config = linear.SkinnyConfig(16, 64, 2, 2, 2)
+            linear.skinny_linear(hidden, matrix, None, config)
+        gumbel_argmax(hidden, torch.ones(64, device="cuda")[start : start + tokens], numbers.long()[start : start + tokens])
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    step(3, 1)
+    before = compiled()
+    assert before >= len(kernels)
+    for tokens, start in ((1, 0), (16, 16), (2, 3), (33, 5), (17, 1)):
+        step(tokens, start)
+    assert compiled() == before

@@ -1,0 +1,56 @@
+"""Recorded steps: padded to a size, attention by tiles. They must not be told apart from steps launched at their own size.
+
+On a CPU a recording is the function itself, and the kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+import tests.interpreter  # noqa: F401
+from tests.runner.driver import Driver, Prompt, make_picture, make_prompt
+
+MakeDriver = Callable[..., Driver]
+SIZES = (1, 4, 24)
+
+
+@pytest.fixture(scope="module")
+def prompts(image_token_id: int) -> list[Prompt]:
+    parts = [[7], [3, make_picture(3, 2), 9], [12, make_picture(2, 2, 1), 1, make_picture(2, 3, 2), 2], [1]]
+    return [make_prompt(list(part), image_token_id=image_token_id, seed=i) for i, part in enumerate(parts)]
+
+
+def answers(driver: Driver, prompts: list[Prompt], *, chunk: int = 1 << 30, depth: int = 1) -> dict[str, list[int]]:
+    for i, prompt in enumerate(prompts):
+        driver.add(f"r{i}", prompt)
+    return driver.run(4, chunk=chunk, depth=depth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chunk", "depth"), [(1 << 30, 1), (7, 2)])
+def test_recorded_steps_answer_as_launched_ones(make_driver: MakeDriver, prompts: list[Prompt], chunk: int, depth: int) -> None:
+    """Chunks of 7: mixed steps, some larger than any recording. Whole prompts: larger at first."""
+    expected = answers(make_driver(), prompts)
+    recorded = make_driver()
+    recorded.worker._runner.record(SIZES)
+    forward = recorded.worker._runner._forward
+    replayed: list[int] = []
+    replay = forward._replay
+    forward._replay = lambda one, inputs: replayed.append(one.inputs.shape[1]) or replay(one, inputs)  # type: ignore[method-assign]
+    assert answers(recorded, prompts, chunk=chunk, depth=depth) == expected
+    assert len(replayed) >= 3
+    assert set(replayed) <= set(SIZES)
+
+
+def test_a_chunk_with_many_keys_is_not_replayed(
+    make_driver: MakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmv1.runner.step_forward._MAX_TILE_KEYS", 0)
+    driver = make_driver()
+    driver.worker._runner.record(SIZES)
+    forward = driver.worker._runner._forward
+    monkeypatch.setattr(forward, "_replay", lambda *_: pytest.fail("replayed"))
+    driver.add("a", prompts[0])
+    driver.step({"a": 7})
