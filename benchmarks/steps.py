@@ -15,6 +15,7 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     add_engine_args(parser, model_flag="model")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--trace", help="directory for a trace of decode steps at batch 64")
+    parser.add_argument("--trace", help="directory for traces of decode steps at batch 64, of encoding and of prefill")
     namespace = parser.parse_args()
     config = resolve(replace(engine_args(namespace), load_format="dummy"))
     slab_fd = os.memfd_create("slab")
@@ -185,16 +186,20 @@ def main() -> None:
     prefills = [([1400], 0), ([1400] * 2, 0), ([1400] * 5, 0), ([512], 0), ([512] * 15, 0), ([24], 0), ([200], 0)]
     for lengths, decodes in [*prefills, ([1400] * 5, 60), ([24] * 4, 60)]:
         row(f"step {len(lengths)} x {lengths[0]} + {decodes} decodes", bench.prefill(lengths, decodes))
-    for grids in ([(74, 74)], [(74, 74)] * 2, [(74, 74)] * 4, [(32, 32)], [(32, 32)] * 8, [(214, 286)]):
+    for grids in ([(74, 74)], [(74, 74)] * 2, [(74, 74)] * 3, [(74, 74)] * 4, [(32, 32)], [(32, 32)] * 16, [(214, 286)]):
         row(f"encode {len(grids)} x {grids[0][0]}x{grids[0][1]} patches", bench.encode(grids))
     for batch in (64, 16):
         row(f"decode {batch} x 1400 beside 74x74", bench.decode_beside_encode(batch, 1400, (74, 74), 12))
     if namespace.trace:
-        worker.profile(namespace.trace)
-        bench.decode(64, 1400, 20)
-        bench.encode([(74, 74)], 1)
-        bench.prefill([1400] * 5, 60, repeats=1)
-        worker.profile(None)
+        traced: dict[str, Callable[[], object]] = {
+            "decode": lambda: bench.decode(64, 1400, 40),
+            "encode": lambda: bench.encode([(74, 74)] * 3, 3),
+            "prefill": lambda: bench.prefill([1400] * 5, 60, repeats=2),
+        }
+        for name, run in traced.items():
+            worker.profile(f"{namespace.trace}/{name}")
+            run()
+            worker.profile(None)
     if namespace.json:
         namespace.json.write_text(json.dumps({"device": worker.device_name, "model": config.model.path, "rows": rows}, indent=1))
 

@@ -6,10 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
+from mmv1.kernels.rows import check_rows
+
 _BLOCK = 1024
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    check_rows(x)
     num_tokens, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((num_tokens, width), dtype=x.dtype, device=x.device)
     _silu_and_mul_kernel[(num_tokens, triton.cdiv(width, _BLOCK))](x, out, x.stride(0), width, _BLOCK, num_warps=4)

@@ -6,12 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
+from mmv1.kernels.rows import check_rows
+
 _BLOCK = 1024
 
 
 def embed(
     input_ids: torch.Tensor, table: torch.Tensor, image_rows: torch.Tensor, image_embeddings: torch.Tensor
 ) -> torch.Tensor:
+    check_rows(input_ids, table, image_rows, image_embeddings)
     num_tokens, width = input_ids.shape[0], table.shape[1]
     out = torch.empty((num_tokens, width), dtype=table.dtype, device=table.device)
     _embed_kernel[(num_tokens, triton.cdiv(width, _BLOCK))](

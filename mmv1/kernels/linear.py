@@ -14,6 +14,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from mmv1.kernels.rows import check_rows
+
 MAX_SKINNY_TOKENS = 16  # from more on, reading the weight is not all there is to do, and cuBLAS does better
 _SUM_BLOCK = 512
 
@@ -74,6 +76,7 @@ def skinny_partial(x: torch.Tensor, weight: torch.Tensor, config: SkinnyConfig) 
 def _launch(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: SkinnyConfig
 ) -> torch.Tensor:
+    check_rows(x, weight)
     rows, width = weight.shape
     steps = triton.cdiv(width, config.block_k * config.split_k)  # of each program's loop
     _skinny_kernel[(triton.cdiv(rows, config.block_n), config.split_k)](

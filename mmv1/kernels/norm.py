@@ -6,8 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from mmv1.kernels.rows import check_rows
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    check_rows(x, weight)
     num_rows, width = x.shape
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
@@ -18,6 +21,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_rows(x, residual, weight)
     num_tokens, width = residual.shape
     parts = x if x.dim() == 3 else x.unsqueeze(0)
     normed, total = (torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) for _ in range(2))

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mmv1.kernels.rows import check_rows
+
 
 def normalize_patches(
     patches: torch.Tensor,
@@ -16,6 +18,7 @@ def normalize_patches(
     padded_width: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    check_rows(patches, order)
     num_patches, width = patches.shape
     out = torch.empty((num_patches, padded_width), dtype=dtype, device=patches.device)
     _normalize_patches_kernel[(num_patches,)](

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mmv1.kernels.rows import check_rows
+
 _HEADS = 8  # of a token, in one program
 
 
@@ -20,6 +22,7 @@ def rotate_and_store(
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_rows(qkv, cos, sin)
     num_tokens, all_heads, head_dim = qkv.shape
     num_heads = all_heads - 2 * num_kv_heads
     query = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
@@ -36,6 +39,7 @@ def rotate_and_store(
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    check_rows(x, cos, sin)
     num_tokens, num_heads, head_dim = x.shape
     _rotate_kernel[(num_tokens, triton.cdiv(num_heads, _HEADS))](
         x, cos, sin, x.stride(0), x.stride(1), cos.stride(0), sin.stride(0), num_heads, head_dim // 2, _HEADS,

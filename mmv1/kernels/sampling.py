@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mmv1.kernels.rows import check_rows
+
 _BLOCK = 1024
 
 
@@ -19,6 +21,7 @@ def gumbel_argmax(logits: torch.Tensor, temperature: torch.Tensor, keys: torch.T
     `logits` [S, V] of any float dtype, last axis contiguous; `temperature` float32 [S], 0: the most likely one, without noise;
     `keys` int64 [S]: where each row's noise begins in the space of all streams.
     """
+    check_rows(logits)
     num_rows, vocab_size = logits.shape
     num_parts = triton.cdiv(vocab_size, _BLOCK)
     scores = torch.empty((num_rows, num_parts), dtype=torch.float32, device=logits.device)

@@ -25,7 +25,8 @@ from tests.integration.conversations import Case, make_cases
 
 HERE = Path(__file__).parent
 # Several engines share the device: none takes what it can get.
-SMALL = {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1 << 29, "encoder_cache_bytes": 1 << 26}
+SMALL = {"gpu_memory_utilization": 0.95, "kv_cache_memory_bytes": 1 << 29, "encoder_cache_bytes": 1 << 26}
+MEMORY = {"gpu_memory_utilization": 0.95, "kv_cache_memory_bytes": 8 << 30, "encoder_cache_bytes": 1 << 30}  # of a real shape
 NUM_CASES = 200
 MAX_TOKENS = 8
 

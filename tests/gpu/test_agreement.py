@@ -15,7 +15,7 @@ import pytest
 
 from mmv1.engine.llm import LLM
 from mmv1.engine.output_processor import RequestOutput
-from tests.gpu.conftest import MAX_TOKENS, NUM_CASES, Record
+from tests.gpu.conftest import MAX_TOKENS, MEMORY, NUM_CASES, Record
 from tests.gpu.reference import NUM_LOGPROBS, Comparison, Reference, Steps, compare
 from tests.integration.conversations import Case, text_part
 from tests.integration.engines import greedy
@@ -45,7 +45,7 @@ def reference(run: tuple[str, str, dict[str, Any]], references: Callable[[str], 
 @pytest.fixture(scope="module")
 def engine(run: tuple[str, str, dict[str, Any]], reference: Reference, record: Record) -> Iterator[LLM]:
     started_at = time.perf_counter()
-    with LLM(reference.model_dir, max_model_len=16384, gpu_memory_utilization=0.7, **run[2]) as started:
+    with LLM(reference.model_dir, max_model_len=16384, **MEMORY, **run[2]) as started:
         ready = started.engine.ready
         assert ready is not None
         assert (ready.dtype, ready.device != "cpu") == ("bfloat16", True)

@@ -13,7 +13,7 @@ import torch
 from mmv1.engine.llm import LLM
 from mmv1.runner import worker as worker_module
 from mmv1.types import SamplingParams
-from tests.gpu.conftest import MAX_TOKENS, Record
+from tests.gpu.conftest import MAX_TOKENS, MEMORY, Record
 from tests.gpu.reference import NUM_LOGPROBS, Reference, Steps, compare
 from tests.integration.conversations import Case, make_cases
 from tests.integration.engines import assert_same_answer, forget_caches, greedy
@@ -54,7 +54,7 @@ def test_the_same_until_a_near_tie_in_bfloat16(
 ) -> None:
     reference = references(SHAPE)
     params = greedy(MAX_TOKENS, logprobs=NUM_LOGPROBS, ignore_eos=True)
-    with LLM(reference.model_dir, max_model_len=16384, gpu_memory_utilization=0.7) as llm:
+    with LLM(reference.model_dir, max_model_len=16384, **MEMORY) as llm:
         alone, together = among_strangers(llm, conversations, params)
     compared = compare([Steps.of(each) for each in together], [Steps.of(each) for each in alone])
     record(f"alone and among {NUM_STRANGERS} strangers: {SHAPE}", compared.figures(reference))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 import tests.interpreter  # noqa: F401
 from tests.runner.driver import Driver, Prompt, make_picture, make_prompt
@@ -26,6 +27,19 @@ def answers(driver: Driver, prompts: list[Prompt], *, chunk: int = 1 << 30, dept
     for i, prompt in enumerate(prompts):
         driver.add(f"r{i}", prompt)
     return driver.run(4, chunk=chunk, depth=depth)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted only where there is no GPU")
+def test_fused_kernels_answer_as_plain_torch(
+    make_driver: MakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole model by the kernels a GPU runs: tensors come to them as the model makes them."""
+    expected = answers(make_driver(), prompts, chunk=7)
+    monkeypatch.setattr("mmv1.kernels.uses_fused", lambda device: True)
+    driver = make_driver(attention_backend="triton")
+    driver.worker._runner.record(SIZES)
+    assert answers(driver, prompts, chunk=7) == expected
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ class MRotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
         """`positions` int [3, T]."""
-        angles = positions.index_select(0, self.axis).T * self.inv_freq  # [T, head_dim / 2]
+        angles = positions.T.index_select(1, self.axis) * self.inv_freq  # [T, head_dim / 2], a token's numbers side by side
         return Rope.from_angles(angles, dtype)
 
 
