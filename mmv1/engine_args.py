@@ -44,7 +44,7 @@ class EngineArgs:
     max_num_seqs: int = _arg(256, "most requests in one step", "Scheduler")
     max_num_batched_tokens: int | None = _arg(None, "most tokens in one step", "Scheduler")
     scheduling_policy: Literal["fcfs", "priority"] = _arg("fcfs", "who goes first", "Scheduler")
-    max_num_encoder_tokens: int | None = _arg(None, "most picture tokens encoded in one step", "Scheduler")
+    max_num_encoder_tokens: int | None = _arg(None, "most picture tokens encoded together", "Scheduler")
     enable_chunked_prefill: bool = _arg(True, "a prompt may be computed in several steps; off: in one, whole", "Scheduler")
     async_scheduling: bool = _arg(True, "prepare the next step while one runs", "Scheduler")
 

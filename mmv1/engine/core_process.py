@@ -42,6 +42,10 @@ _ENCODER_CACHE_SHARE = 8  # the encoder cache gets this part of the KV cache's m
 _MAX_ENCODER_CACHE_BYTES = 4 << 30  # and at most this
 _STOP_TIMEOUT_S = 3.0
 
+# A thread that wants to run asks the one that does to stop after as long. Launching a step takes about a millisecond: with
+# Python's own 5 ms, a message being decoded or a picture's launch in another thread would hold it up for several steps' time.
+_SWITCH_INTERVAL_S = 0.0005
+
 
 def lay_out_memory(config: EngineConfig, worker: Worker, max_image_tokens: int) -> tuple[int, int, int]:
     """(number of KV blocks, bytes of the encoder cache, longest context), from what the device has left for caches.
@@ -162,6 +166,7 @@ def _send(address: str, output: queue.SimpleQueue[EngineCoreMessage | None]) -> 
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all of a service's processes at once: the parent decides
     configure_logging("engine")
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     socket_dir, slab_fd = sys.argv[1], int(sys.argv[2])
     config = _read_config()
     cores: list[EngineCore] = []  # one, as soon as it is built

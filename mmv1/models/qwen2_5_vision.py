@@ -30,7 +30,7 @@ _NORM_EPS = 1e-6
 _GRIDS_KEPT = 256  # tables of at most a few hundred KiB each
 
 # Room in a padded layout: windows at the borders of a picture are not full, so there are more than patches would fill.
-_MOST_PICTURES = 16
+_MOST_PICTURES = 32
 _PATCHES_PER_WINDOW = 32
 
 

@@ -145,7 +145,7 @@ class _Worker:
     def __init__(self, settings: PoolSettings, index: int, generation: int) -> None:
         self._index, self._generation = index, generation
         self._cpu_seconds = settings.job_cpu_seconds
-        self._slab = memoryview(map_slab(settings.slab_fd, settings.slab_bytes, writable=True))
+        self._slab = memoryview(map_slab(settings.slab_fd, settings.slab_bytes))
         address = ipc_address(settings.runtime_dir, worker_socket(index, generation))
         self._jobs: Receiver[DecodeJob] = Receiver(address, DecodeJob, bind=True)
         self._answers = Sender(ipc_address(settings.runtime_dir, ANSWERS_SOCKET))

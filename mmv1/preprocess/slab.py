@@ -76,9 +76,9 @@ class SlabStore:
         os.close(self.fd)
 
 
-def map_slab(fd: int, nbytes: int, *, writable: bool) -> mmap.mmap:
-    """The slab in this process's memory: writable for the pool, read-only for the workers that encode."""
-    return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
+def map_slab(fd: int, nbytes: int) -> mmap.mmap:
+    """The slab in the memory of a process that writes patches into it, or sends them on."""
+    return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @dataclass(slots=True)

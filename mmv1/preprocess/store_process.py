@@ -37,7 +37,7 @@ _MAX_SAVES = 2  # at once: pictures that somebody waits for go before those that
 class _Process:
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
-        self._slab = memoryview(map_slab(settings.slab_fd, settings.slab_bytes, writable=True))
+        self._slab = memoryview(map_slab(settings.slab_fd, settings.slab_bytes))
         self._answers = AsyncSender(ipc_address(settings.runtime_dir, STORE_ANSWERS_SOCKET))
         self._store = RedisStore(settings.url, ttl_s=settings.ttl_s, seal=Seal(settings.secret), on_change=self._changed)
         self._saves = asyncio.Semaphore(_MAX_SAVES)

@@ -42,7 +42,7 @@ class DeviceTable:
         places = np.concatenate([np.arange(start, start + len(values)) for start, values in self._pending])
         values = np.concatenate([values for _, values in self._pending])
         self._pending.clear()
-        self.flat.index_copy_(0, self._platform.upload(places), self._platform.upload(values))
+        self.flat.index_copy_(0, *self._platform.upload_together(places, values))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class InputBatch:
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = DeviceTable(platform, max_num_seqs, max_model_len + 1)  # and one sampled past the end
         self.block_table = DeviceTable(platform, max_num_seqs, max_blocks)
-        self._block_ids = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self._block_ids = np.zeros((max_num_seqs, max_blocks), dtype=np.int64)
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_computed = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)  # known here or on the device, those in flight included
@@ -179,8 +179,8 @@ class InputBatch:
         packed = np.empty((3 + self._num_axes, len(index)), dtype=np.int32)
         columns = TokenColumns.of(packed)
         columns.places[:] = token_row * self.token_ids.width + index
-        block = self._block_ids[token_row, index // self._block_size].astype(np.int64)
-        columns.slot_mapping[:] = block * self._block_size + index % self._block_size
+        block, place = np.divmod(index, self._block_size)
+        columns.slot_mapping[:] = self._block_ids[token_row, block] * self._block_size + place
         columns.image_rows[:] = -1
         self._place(columns.positions, states, token_row, index, starts, computed, query_lens)
 
@@ -196,7 +196,7 @@ class InputBatch:
             query_lens=query_lens,
             packed=packed,
             in_pictures=np.flatnonzero(computed < self._features_end[rows]).tolist(),
-            sampling_ids=[request_ids[i] for i in samples],
+            sampling_ids=[request_ids[i] for i in samples.tolist()],
             sampling_rows=sampling_rows,
             sampling_tokens=ends[samples] - 1,
             sampled_places=sampling_rows * self.token_ids.width + seq_lens[samples],

@@ -13,7 +13,7 @@ from mmv1.models.interface import Model
 from mmv1.runner.attention.backend import AttentionBackend
 from mmv1.runner.encoder_runner import EncoderRunner
 from mmv1.runner.input_batch import InputBatch, StepInputs
-from mmv1.runner.platform import DeviceClock, HostCopy, Platform
+from mmv1.runner.platform import DeviceClock, Platform
 from mmv1.runner.positions import request_positions
 from mmv1.runner.sampler import Sampler, SamplerOutput
 from mmv1.runner.sampling_columns import SamplingBatch
@@ -32,6 +32,7 @@ class PendingOutput:
     def __init__(
         self,
         step_id: int,
+        platform: Platform,
         clock: DeviceClock,
         request_ids: Sequence[str] = (),
         sampled: SamplerOutput | None = None,
@@ -49,7 +50,8 @@ class PendingOutput:
             if sampled.logprobs is not None:
                 self._asked = sampled.logprobs.requests.tolist()
                 tensors += sampled.logprobs.tensors
-        self._copy = HostCopy(tensors)
+        # Without tensors too: until the device is done with a step, it reads embeddings that must not be overwritten.
+        self._copy = platform.copy_to_host(tensors)
 
     def wait(self) -> ModelRunnerOutput:
         values = self._copy.wait()
@@ -126,18 +128,18 @@ class ModelRunner:
         self._clock.restart()
         self._update(step)
         if not step.num_scheduled_tokens:
-            return PendingOutput(step.step_id, self._clock)
+            return PendingOutput(step.step_id, self._platform, self._clock)
         inputs = self._batch.prepare(step.num_scheduled_tokens)
         self.encoder.place_images(inputs, self._batch)
         hidden = self._forward(inputs)
         if not inputs.sampling_ids:
             self._clock.lap({"prefill": 1.0})
-            return PendingOutput(step.step_id, self._clock)
+            return PendingOutput(step.step_id, self._platform, self._clock)
         sampled, params = self._sample(hidden, inputs)
         num_decoded = int((inputs.query_lens == 1).sum())  # all but a last token of a prompt that comes alone
         share = num_decoded / step.total_num_scheduled_tokens
         self._clock.lap({"prefill": 1.0 - share, "decode": share})
-        return PendingOutput(step.step_id, self._clock, inputs.sampling_ids, sampled, params.logprobs)
+        return PendingOutput(step.step_id, self._platform, self._clock, inputs.sampling_ids, sampled, params.logprobs)
 
     def _sample(self, hidden: torch.Tensor, inputs: StepInputs) -> tuple[SamplerOutput, SamplingBatch]:
         last_tokens, places = self._platform.upload_together(inputs.sampling_tokens, inputs.sampled_places)

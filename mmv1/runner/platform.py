@@ -19,11 +19,12 @@ from mmv1.log import logger
 
 
 class HostCopy:
-    """Tensors on their way to the host. `wait` may be called on another thread than the one that launched the step."""
+    """Tensors, perhaps none, on their way to the host. `wait` may be called on another thread than the one that launched the
+    step."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], is_cuda: bool) -> None:
         self._event: torch.cuda.Event | None = None
-        if not any(tensor.is_cuda for tensor in tensors):
+        if not is_cuda:
             self._host = list(tensors)
             return
         self._host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
@@ -33,7 +34,7 @@ class HostCopy:
         self._event.record()
 
     def wait(self) -> list[np.ndarray]:
-        """The tensors' values, once the device has got there."""
+        """The tensors' values, once the device has done all that was launched before the copy."""
         if self._event is not None:
             self._event.synchronize()
         return [tensor.numpy() for tensor in self._host]
@@ -160,16 +161,25 @@ class Platform:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
+    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> HostCopy:
+        return HostCopy(tensors, self.is_cuda)
+
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """`array` on the device. On a CPU the tensor shares the array's memory: do not write to it afterwards."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.is_cuda else tensor
 
     def upload_together(self, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
-        """Flat arrays of one dtype in one transfer; views of one tensor."""
+        """Flat arrays in one transfer, those of wider numbers first; views of one tensor. A transfer costs the host as much as
+        a launch or two, however little it carries."""
+        tensors = tuple(torch.from_numpy(array) for array in arrays)
         if not self.is_cuda:
-            return tuple(torch.from_numpy(array) for array in arrays)
-        return self.upload(np.concatenate(arrays)).split([array.size for array in arrays])
+            return tensors
+        sizes = [array.nbytes for array in arrays]
+        staging = self.staging(sum(sizes), dtype=torch.uint8)
+        np.concatenate([array.view(np.uint8) for array in arrays], out=staging.numpy())
+        parts = staging.to(self.device, non_blocking=True).split(sizes)
+        return tuple(part.view(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True))
 
     def staging(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Host memory to fill and then send with `copy_(..., non_blocking=True)`. It is not used again before that is done."""

@@ -55,8 +55,8 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor, batch: SamplingBatch, token_ids: torch.Tensor) -> SamplerOutput:
         """`logits` [S, V] as the model gives them; `token_ids` int32 [rows, width]: every known token, on the device."""
-        simple = _asks_for_no_more_than_a_temperature(batch) if self._fused else np.zeros(len(batch.rows), dtype=bool)
-        if not simple.any():
+        simple = batch.is_simple
+        if not self._fused or not simple.any():
             return self._choose(logits, batch, token_ids)
         if simple.all():
             return SamplerOutput(self._choose_fused(logits, batch), None)
@@ -75,7 +75,8 @@ class Sampler:
         from mmv1.kernels.sampling import gumbel_argmax
 
         keys = _stream_keys(batch.seed, batch.num_tokens - batch.num_prompt_tokens)
-        return gumbel_argmax(logits, self._platform.upload(batch.temperature), self._platform.upload(keys))
+        keys_on_device, temperature = self._platform.upload_together(keys, batch.temperature)
+        return gumbel_argmax(logits, temperature, keys_on_device)
 
     def _choose(self, logits: torch.Tensor, batch: SamplingBatch, token_ids: torch.Tensor) -> SamplerOutput:
         raw = logits.float()
@@ -98,15 +99,11 @@ class Sampler:
         if not len(which):
             return raw
         width = int(batch.num_tokens[which].max())
-        places, rows, num_tokens, num_prompt = self._platform.upload_together(
-            which, batch.rows[which], batch.num_tokens[which], batch.num_prompt_tokens[which]
-        )
-        repetition, presence, frequency = (
-            column.unsqueeze(1)
-            for column in self._platform.upload_together(
-                batch.repetition_penalty[which], batch.presence_penalty[which], batch.frequency_penalty[which]
-            )
-        )
+        places, rows, num_tokens, num_prompt, *penalties = self._platform.upload_together(
+            which, batch.rows[which], batch.num_tokens[which], batch.num_prompt_tokens[which],
+            batch.repetition_penalty[which], batch.presence_penalty[which], batch.frequency_penalty[which],
+        )  # fmt: skip
+        repetition, presence, frequency = (column.unsqueeze(1) for column in penalties)
         tokens = token_ids[:, :width].index_select(0, rows).long()  # [P, width]
         index = torch.arange(width, device=tokens.device)
         known = index < num_tokens.unsqueeze(1)
@@ -180,12 +177,6 @@ class Sampler:
 
 def _asks_for_penalties(batch: SamplingBatch) -> np.ndarray:
     return (batch.repetition_penalty != 1) | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0)
-
-
-def _asks_for_no_more_than_a_temperature(batch: SamplingBatch) -> np.ndarray:
-    """bool [S]. Limits on what may be drawn do not matter to a request that takes the likeliest token anyway."""
-    limited = (batch.temperature > 0) & ((batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0))
-    return ~(limited | _asks_for_penalties(batch) | (batch.logprobs >= 0))
 
 
 def _select(batch: SamplingBatch, which: np.ndarray) -> SamplingBatch:

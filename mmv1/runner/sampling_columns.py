@@ -27,28 +27,41 @@ class SamplingBatch:
     repetition_penalty: np.ndarray  # float32; 1: off
     seed: np.ndarray  # uint64
     logprobs: np.ndarray  # int64; -1: none
+    is_simple: np.ndarray  # bool: asks for no more than a temperature
 
 
 class SamplingColumns:
     def __init__(self, max_num_seqs: int) -> None:
-        self._floats = {
-            name: np.zeros(max_num_seqs, dtype=np.float32)
-            for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-        }
-        self._ints = {name: np.zeros(max_num_seqs, dtype=np.int64) for name in ("top_k", "logprobs", "num_prompt_tokens")}
-        self._seed = np.zeros(max_num_seqs, dtype=np.uint64)
+        floats = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+        dtypes: dict[str, type[np.generic]] = {"seed": np.uint64, "is_simple": np.bool_}
+        dtypes |= dict.fromkeys(floats, np.float32) | dict.fromkeys(("top_k", "logprobs", "num_prompt_tokens"), np.int64)
+        self._columns = {name: np.zeros(max_num_seqs, dtype=dtype) for name, dtype in dtypes.items()}
 
     def set(self, row: int, params: SamplingParams, num_prompt_tokens: int, seed: int) -> None:
-        for name, column in self._floats.items():
-            column[row] = getattr(params, name)
-        if params.temperature < _GREEDY_BELOW:
-            self._floats["temperature"][row] = 0.0
-        self._ints["top_k"][row] = max(params.top_k, 0)
-        self._ints["logprobs"][row] = -1 if params.logprobs is None else params.logprobs
-        self._ints["num_prompt_tokens"][row] = num_prompt_tokens
-        self._seed[row] = seed
+        is_greedy = params.temperature < _GREEDY_BELOW
+        values = {
+            "temperature": 0.0 if is_greedy else params.temperature,
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+            "presence_penalty": params.presence_penalty,
+            "frequency_penalty": params.frequency_penalty,
+            "repetition_penalty": params.repetition_penalty,
+            "top_k": max(params.top_k, 0),
+            "logprobs": -1 if params.logprobs is None else params.logprobs,
+            "num_prompt_tokens": num_prompt_tokens,
+            "seed": seed,
+            "is_simple": _is_simple(params, is_greedy),
+        }
+        for name, column in self._columns.items():
+            column[row] = values[name]
 
     def select(self, rows: np.ndarray, num_tokens: np.ndarray) -> SamplingBatch:
         """The columns at `rows` [S]; `num_tokens` [S] as in SamplingBatch."""
-        columns = {name: column[rows] for name, column in (self._floats | self._ints).items()}
-        return SamplingBatch(rows=rows, num_tokens=num_tokens, seed=self._seed[rows], **columns)
+        return SamplingBatch(rows=rows, num_tokens=num_tokens, **{name: column[rows] for name, column in self._columns.items()})
+
+
+def _is_simple(params: SamplingParams, is_greedy: bool) -> bool:
+    """Limits on what may be drawn do not matter to a request that takes the likeliest token anyway."""
+    is_limited = not is_greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+    is_penalized = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+    return not is_limited and not is_penalized and params.logprobs is None

@@ -7,6 +7,7 @@ larger step keeps the device busy longer than its launches take; it runs kernel 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ class StepForward:
         self._image_embeddings = image_embeddings
         self._block_size = block_size
         self._recorded: dict[int, _Recorded] = {}
+        self._sizes: list[int] = []  # recorded, in order
         layer = model.attention_layers[0]
         self._num_kv_heads = layer.num_kv_heads
         self._tile_tokens = small_tile_tokens(layer.num_heads // layer.num_kv_heads)
@@ -81,10 +83,14 @@ class StepForward:
 
             run()  # loads the kernels, which a recording cannot
             self._recorded[size] = _Recorded(inputs, *recorder.record(run))
+        self._sizes = sorted(self._recorded)
 
     def _recorded_size(self, inputs: StepInputs) -> int | None:
-        size = min((size for size in self._recorded if size >= inputs.num_tokens), default=None)
-        if size is None or inputs.num_tokens == len(inputs.rows):
+        place = bisect_left(self._sizes, inputs.num_tokens)
+        if place == len(self._sizes):
+            return None
+        size = self._sizes[place]
+        if inputs.num_tokens == len(inputs.rows):
             return size
         chunks = inputs.query_lens > 1
         num_keys = (-(-inputs.query_lens[chunks] // self._tile_tokens) * inputs.seq_lens[chunks]).sum()

@@ -16,9 +16,11 @@ from mmv1.models.interface import GridTHW, Model
 from mmv1.runner.attention.backend import AttentionBackend
 from mmv1.runner.platform import Platform
 
-# Numbers of patches that are recorded, at most a quarter apart; 5632 and 11264 are one and two pictures of 1024 x 1024 pixels.
+# Numbers of patches that are recorded, at most a quarter apart; 5504, 11008, 16512 and 22016 are one to four pictures of
+# 1024 x 1024 pixels.
 GRAPH_SIZES = (
-    256, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 4608, 5120, 5632, 6656, 8192, 9216, 11_264,
+    256, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 4608, 5120, 5504, 6144, 7168, 8192, 9216,
+    11_008, 12_288, 14_336, 16_512, 20_480, 22_016,
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 
 from mmv1.config import EngineConfig
 from mmv1.encoder_cache.tensors import EncoderCacheTensors
-from mmv1.errors import EngineError
+from mmv1.errors import ConfigError, EngineError
 from mmv1.host import available_memory_bytes
-from mmv1.kernels import disable_fused
+from mmv1.kernels import disable_fused, uses_fused
 from mmv1.kv.tensors import allocate_kv_caches
 from mmv1.log import logger
 from mmv1.models.interface import Model
@@ -34,7 +35,7 @@ class Worker:
     """Call in this order: init_device, load_model, then the questions, initialize_caches, and execute from then on, from one
     thread at a time.
 
-    `pixel_slab_fd`: the file of the pixel slab, mapped read-only; None for an engine that takes no pictures.
+    `pixel_slab_fd`: the file of the pixel slab, which is only read; None for an engine that takes no pictures.
     """
 
     def __init__(self, config: EngineConfig, pixel_slab_fd: int | None) -> None:
@@ -45,16 +46,29 @@ class Worker:
         self._profiler: torch.profiler.profile | None = None
 
     def init_device(self) -> None:
-        """Choose the device and how it is used, and map the pixel slab."""
+        """Choose the device and how it is used, and map the pixel slab. Raises ConfigError for what cannot run here."""
         device = self._config.device
         if not device.fused_kernels:
             disable_fused()
         self.platform = Platform(encoder_stream=device.encoder_stream)
         self.backend = make_backend(device.attention_backend, self.platform.device, self._dtype)
+        self._check_toolchain()
         if self._pixel_slab_fd is not None:
             self._pixel_slab = map_pixel_slab(self._pixel_slab_fd)
             # Takes seconds for a large slab, and nothing waits for it: until it is done transfers are slower.
             threading.Thread(target=self.platform.register, args=(self._pixel_slab,), name="register", daemon=True).start()
+
+    def _check_toolchain(self) -> None:
+        uses_triton = uses_fused(self.platform.device) or self._uses_graphs or self.backend.name != "sdpa"
+        if not (self.platform.is_cuda and uses_triton):
+            return
+        from mmv1.kernels import toolchain
+
+        if missing := toolchain.missing():
+            raise ConfigError(
+                f"the GPU kernels are compiled when they are first used, and that needs {', and '.join(missing)}; "
+                "without them, slowly: --no-fused-kernels --attention-backend sdpa --enforce-eager"
+            )
 
     @property
     def device_name(self) -> str:
@@ -144,7 +158,7 @@ class Worker:
     def _make_runner(self, num_blocks: int, encoder_cache_bytes: int) -> ModelRunner:
         device, block_size = self.platform.device, self._config.cache.block_size
         (spec,) = self.get_kv_cache_specs()
-        return ModelRunner(
+        runner = ModelRunner(
             self.model,
             self.platform,
             self.backend,
@@ -157,6 +171,10 @@ class Worker:
             block_size=block_size,
             seed=self._config.model.seed,
         )
+        # Weights and tables were filled on the default stream, for which the streams of steps and pictures do not wait: the
+        # first of them could read ids of tokens from memory that is still to be zeroed.
+        self.platform.synchronize()
+        return runner
 
     @property
     def _uses_graphs(self) -> bool:
@@ -184,7 +202,7 @@ class Worker:
         self._record_steps(runner)
         self._record_tower()
         self._encode_largest()
-        self._run_largest_step(runner)
+        self._run_steps(runner)
         free_bytes = self.platform.measured_free_bytes(self._config.cache.gpu_memory_utilization)
         del runner
         self.platform.release_unused()
@@ -194,32 +212,48 @@ class Worker:
     def _encode_largest(self) -> None:
         merge = self.model.spatial_merge_size
         if self.model.patch_bytes:
-            side = math.isqrt(self._config.scheduler.max_num_encoder_tokens) * merge
             with self.platform.on_encoder_stream():
-                self._tower([(1, side, side)], _blank)
+                self._tower([(1, merge, self._config.scheduler.max_num_encoder_tokens * merge)], _blank)
 
-    def _run_largest_step(self, runner: ModelRunner) -> None:
-        """Requests draw in every way that the sampler does by itself: from a limited vocabulary, from all of it, greedily. All
+    def _run_steps(self, runner: ModelRunner) -> None:
+        """A largest step, and a smallest, whose kernels are others: they are compiled here and not for the first request. All
         keys go to the null block."""
         scheduler = self._config.scheduler
         num_seqs = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
-        num_tokens = min(scheduler.max_num_batched_tokens // num_seqs, self._config.model.max_model_len)
-        block_ids = [0] * math.ceil(num_tokens / self._config.cache.block_size)
+        each, rest = divmod(scheduler.max_num_batched_tokens, num_seqs)
+        most = self._config.model.max_model_len
+        largest = [min(each + (i < rest), most) for i in range(num_seqs)]
+        finished: list[str] = []
+        for step_id, lengths in enumerate((largest, [1])):
+            step = self._blank_step(step_id, lengths, finished)
+            runner.execute(step).wait()
+            finished = list(step.num_scheduled_tokens)
+
+    def _blank_step(self, step_id: int, lengths: Sequence[int], finished_request_ids: list[str]) -> SchedulerOutput:
+        """New requests of these lengths, which draw in every way that the sampler does by itself: from all of the vocabulary,
+        greedily, from a limited one."""
         limited = SamplingParams(top_p=0.9, repetition_penalty=1.1)
-        kinds = {1: SamplingParams(), 2: SamplingParams(temperature=0.0)}
+        kinds = {0: SamplingParams(), 1: SamplingParams(temperature=0.0)}
         requests = [
-            NewRequestData(f"largest-{i}", [0] * num_tokens, num_tokens, [], kinds.get(i, limited), block_ids, 0)
-            for i in range(num_seqs)
+            NewRequestData(
+                request_id=f"blank-{step_id}-{i}",
+                token_ids=[0] * length,
+                num_prompt_tokens=length,
+                mm_features=[],
+                sampling_params=kinds.get(i, limited),
+                block_ids=[0] * math.ceil(length / self._config.cache.block_size),
+                num_computed_tokens=0,
+            )
+            for i, length in enumerate(lengths)
         ]
-        step = SchedulerOutput(
-            step_id=0,
-            num_scheduled_tokens={request.request_id: num_tokens for request in requests},
-            total_num_scheduled_tokens=num_seqs * num_tokens,
+        return SchedulerOutput(
+            step_id=step_id,
+            num_scheduled_tokens={request.request_id: request.num_prompt_tokens for request in requests},
+            total_num_scheduled_tokens=sum(lengths),
             new_requests=requests,
             cached_requests=CachedRequestData([], []),
-            finished_request_ids=[],
+            finished_request_ids=finished_request_ids,
         )
-        runner.execute(step).wait()
 
 
 def _blank(patches: torch.Tensor) -> None:

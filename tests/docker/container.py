@@ -1,7 +1,8 @@
 """Enough of a container engine to carry out docker/Dockerfile and to run what it makes, on a machine without one.
 
-The base image is stood in for by this machine's /usr and /etc, with this Python at /usr/local, under an overlay: what is built
-lies below a directory of the test, and the machine stays as it is. Needs root and namespaces. The network is the machine's.
+The base image is stood in for by this machine's /usr and /etc, with this Python at /usr/local, under an overlay, and by copies of
+what its package manager knows: what is built lies below a directory of the test, and the machine stays as it is. Needs root and
+namespaces. The network is the machine's.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ class Image:
         self._overlay = directory / "overlay"
         for name in ("upper", "work"):
             (self._overlay / name).mkdir(parents=True)
-        for name in ("usr", "dev", "proc", "tmp", "home", "opt", "root", "var/cache"):
+        for name in ("usr", "dev", "proc", "tmp", "home", "opt", "root", "var/cache", "var/lib", "var/log"):
             (self.root / name).mkdir(parents=True)
+        (self.root / "tmp").chmod(0o1777)
         for name in ("bin", "sbin", "lib", "lib64"):
             (self.root / name).symlink_to(f"usr/{name}")
-        shutil.copytree("/etc", self.root / "etc", symlinks=True, ignore_dangling_symlinks=True)
+        for name in ("etc", "var/lib/apt", "var/lib/dpkg"):
+            shutil.copytree(f"/{name}", self.root / name, symlinks=True, ignore_dangling_symlinks=True)
 
     def _mounts(self) -> list[str]:
         """Commands that put the machine's parts in their places."""

@@ -16,9 +16,13 @@ from urllib.parse import urlsplit
 import yaml
 
 from tests.docker.compose import BASE, GPU, SERVICES
-from tests.docker.dockerfile import DOCKER, ROOT, read_dockerfile
+from tests.docker.dockerfile import DOCKER, ROOT, Stage, read_dockerfile
 
 BUILD, FINAL = read_dockerfile({"PATH": "/usr/bin"})
+
+
+def runs(stage: Stage) -> list[str]:
+    return [rest for name, _, rest in stage.steps if name == "RUN"]
 
 
 def test_the_image_is_built_with_the_uv_that_makes_the_development_environment() -> None:
@@ -104,13 +108,23 @@ def test_what_is_mounted_is_there() -> None:
             assert volume["source"] in BASE["volumes"]
 
 
-def test_the_models_a_gpu_server_downloads_are_kept() -> None:
+def test_what_a_gpu_server_downloads_and_compiles_is_kept() -> None:
     assert GPU["services"].keys() == {"mmv1"}
-    (volume,) = GPU["services"]["mmv1"]["volumes"]
-    assert volume["source"] in GPU["volumes"]
-    assert volume["target"] == FINAL.env["HF_HOME"]
+    volumes = GPU["services"]["mmv1"]["volumes"]
+    assert {volume["source"] for volume in volumes} == GPU["volumes"].keys()
+    kept = {volume["target"] for volume in volumes}
+    assert kept == {FINAL.env["HF_HOME"], FINAL.env["TRITON_CACHE_DIR"]}
     # A new volume has the owner of the directory it covers.
-    assert any(f"--owner=mmv1 --group=mmv1 {volume['target']}" in rest for name, _, rest in FINAL.steps if name == "RUN")
+    (owned,) = re.findall(r"install --directory --owner=mmv1 --group=mmv1 (.*)", "\n".join(runs(FINAL)))
+    assert set(owned.split()) == kept
+    # tmpfs are mounted noexec; what is compiled is executed.
+    assert not kept & set(SERVICES["mmv1"]["tmpfs"])
+
+
+def test_the_image_can_compile_kernels() -> None:
+    (install,) = [run for run in runs(FINAL) if "apt-get install" in run]
+    assert {"gcc", "libc6-dev"} <= set(install.split())
+    assert "--no-install-recommends" in install and install.endswith("rm -rf /var/lib/apt/lists/*")
 
 
 def test_the_lock_has_every_dependency_of_the_image() -> None:

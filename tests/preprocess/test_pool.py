@@ -69,7 +69,7 @@ class Harness:
         return children(self.pool.pid)
 
     def read(self, offset, nbytes):
-        with map_slab(self.slab.fd, SLAB_BYTES, writable=False) as slab:
+        with map_slab(self.slab.fd, SLAB_BYTES) as slab:
             return slab[offset : offset + nbytes]
 
     def close(self):

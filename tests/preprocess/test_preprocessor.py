@@ -107,7 +107,7 @@ class Harness:
         self.run(wait())
 
     def bytes_at(self, ready):
-        with map_slab(self.pre.slab.fd, self.pre.slab.nbytes, writable=False) as slab:
+        with map_slab(self.pre.slab.fd, self.pre.slab.nbytes) as slab:
             return slab[ready.offset : ready.offset + ready.nbytes]
 
     def workers(self):

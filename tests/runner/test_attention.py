@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from mmv1.errors import ConfigError
-from mmv1.runner.attention import installed_backends, make_backend
-from mmv1.runner.attention.triton import choose_num_splits, make_tiles, small_tile_tokens
+from mmv1.runner.attention import flash, installed_backends, make_backend
+from mmv1.runner.attention.flash import FlashFunctions
+from mmv1.runner.attention.triton import choose_num_splits, cumulative, make_tiles, small_tile_tokens
 from tests.runner.attention_suite import (  # noqa: F401
+    SCALE,
     Setting,
     Shape,
     make_case,
     make_tile_plan,
+    reference,
     test_a_request_alone_equals_the_request_among_others,
     test_a_segment_is_not_touched_by_its_neighbours,
     test_block_sizes,
@@ -75,6 +78,22 @@ def test_large_tiles_are_refused_where_no_kernel_takes_them(triton_setting: Sett
     plan = make_tile_plan(case, 129, 1)
     with pytest.raises(ValueError, match="tiles of 129 tokens are too large"):
         triton_setting.backend.forward(case.query, case.key, case.value, case.kv_cache, plan, 1.0)
+
+
+def test_flash_leaves_heads_that_are_not_whole_words_to_our_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package reads 16 bytes at a time: heads of 20 numbers of bfloat16 do not begin at multiples of that."""
+    calls: list[int] = []
+    package = FlashFunctions(paged=lambda *_: pytest.fail("paged"), segments=lambda q, *_: calls.append(q.shape[-1]) or q)
+    monkeypatch.setattr(flash, "load", lambda: package)
+    backend = flash.FlashBackend()
+    seqlens = [70, 9]
+    plan = backend.plan_varlen(seqlens, CPU)._replace(cu_seqlens=cumulative(seqlens, CPU))  # as on CUDA
+    for head_dim in (24, 20):
+        query, key, value = torch.randn(79, 6, head_dim, generator=torch.Generator().manual_seed(0)).split(2, dim=1)
+        result = backend.varlen(query, key, value, plan, SCALE)
+    assert calls == [24]
+    parts = zip(*(x.split(seqlens) for x in (query, key, value)), strict=True)
+    torch.testing.assert_close(result, torch.cat([reference(q, k, v, None) for q, k, v in parts]))
 
 
 def test_a_backend_that_does_not_exist_is_refused() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from mmv1.errors import EngineError
+from mmv1.runner.platform import HostCopy
 from mmv1.step import CachedRequestData, EncodeBatch, NewRequestData, SchedulerOutput
 from mmv1.types import SamplingParams
 from tests.oracle import HFOracle
@@ -52,6 +54,20 @@ def first_logits(driver: Driver, prompt: Prompt, chunk: int) -> torch.Tensor:
     model.compute_logits = compute  # type: ignore[method-assign]
     assert len(caught) == 1
     return caught[0][0].cpu()
+
+
+def test_a_step_that_samples_nothing_is_waited_for(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what it reads, embeddings above all, could be overwritten while the device is at it."""
+    log: list[str] = []
+    event = SimpleNamespace(record=lambda: log.append("record"), synchronize=lambda: log.append("synchronize"))
+    driver = make_driver()
+    driver.add("a", make_prompt([9], image_token_id=0))
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(driver.worker.platform, "copy_to_host", lambda tensors: HostCopy(tensors, is_cuda=True))
+    driver.launch({"a": 5})
+    assert log == ["record"]
+    assert driver.collect().request_ids == []
+    assert log == ["record", "synchronize"]
 
 
 def test_logits_equal_transformers_at_every_chunk_size(

@@ -38,11 +38,11 @@ def embed(tower: TowerForward, pictures: list[Picture]) -> torch.Tensor:
     return tower([picture.grid_thw for picture in pictures], target_of(patches))
 
 
-@pytest.mark.parametrize("num_patches", [3, 4 * 17])
+@pytest.mark.parametrize("num_patches", [3, 4 * 33])
 def test_a_layout_that_does_not_fit_is_none(make_driver: Callable[..., Driver], num_patches: int) -> None:
     """Too few patches; more pictures than there is room for."""
     driver = make_driver()
-    grids = [(1, 2, 2)] * 17
+    grids = [(1, 2, 2)] * 33
     assert driver.worker.model.lay_out_images(grids, TritonBackend(), num_patches) is None
 
 

@@ -8,11 +8,17 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from mmv1.errors import EngineError
+from mmv1 import kernels
+from mmv1.errors import ConfigError, EngineError
+from mmv1.kernels import toolchain
+from mmv1.runner.input_batch import InputBatch
+from mmv1.runner.model_runner import ModelRunner
 from mmv1.runner.worker import Worker
 from mmv1.step import EncodeBatch, EncoderInput, KVCacheSpec
 from tests.runner.driver import Driver, Prompt, make_picture, make_prompt, tiny_config
@@ -49,12 +55,56 @@ def test_memory_on_a_cpu_is_what_is_usable_within_bounds(tiny_model_dir: Path, m
     assert worker.determine_memory(0) == 500
 
 
-def test_the_largest_step_runs(tiny_model_dir: Path) -> None:
-    """What a CUDA device is measured with."""
+def test_a_device_is_measured_with_the_whole_budget(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with a single token, whose kernels are others."""
     worker = make_worker(tiny_model_dir, max_num_seqs=7, max_num_batched_tokens=100, load_format="dummy")
     runner = worker._make_runner(1, 0)
+    sizes: list[int] = []
+    forward = runner._forward
+    monkeypatch.setattr(runner, "_forward", lambda inputs: sizes.append(inputs.num_tokens) or forward(inputs))
+    worker._run_steps(runner)
+    assert sizes == [100, 1]
+    encode = worker.model.encode_images
+    monkeypatch.setattr(worker.model, "encode_images", lambda patches, *a: sizes.append(len(patches)) or encode(patches, *a))
     worker._encode_largest()
-    worker._run_largest_step(runner)
+    assert sizes[2:] == [worker._config.scheduler.max_num_encoder_tokens * 4]
+
+
+def test_nothing_is_recorded_before_the_tables_are_filled(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are filled on another stream than the one that records, which does not wait for it."""
+    worker = make_worker(tiny_model_dir, load_format="dummy")
+    order: list[str] = []
+    monkeypatch.setattr(Worker, "_uses_graphs", True)
+    monkeypatch.setattr(worker.platform, "synchronize", lambda: order.append("synchronize"))
+    monkeypatch.setattr("mmv1.runner.model_runner.InputBatch", lambda *a, **k: order.append("tables") or InputBatch(*a, **k))
+    monkeypatch.setattr(ModelRunner, "record", lambda *_: order.append("record"))
+    worker.initialize_caches(2, 0)
+    assert order == ["tables", "synchronize", "record", "synchronize"]
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as choosing kernels goes."""
+    cuda = SimpleNamespace(device=torch.device("cuda", 0), is_cuda=True)
+    monkeypatch.setattr("mmv1.runner.worker.Platform", lambda **_: cuda)
+    monkeypatch.setattr(kernels._settings, "fused", True)  # and put back
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("still", ["fused_kernels", "attention_backend", "enforce_eager"])
+def test_kernels_that_cannot_be_compiled_are_refused_with_the_way_out(
+    still: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without: dict[str, object] = {"fused_kernels": False, "attention_backend": "sdpa", "enforce_eager": True}
+    uses_triton = tiny_config(tiny_model_dir, **{name: value for name, value in without.items() if name != still})
+    monkeypatch.setattr(toolchain, "missing", list)
+    Worker(uses_triton, None).init_device()
+    monkeypatch.setattr(kernels._settings, "fused", True)
+    monkeypatch.setattr(toolchain, "missing", lambda: ["a C compiler", "a place"])
+    way_out = "--no-fused-kernels --attention-backend sdpa --enforce-eager"
+    with pytest.raises(ConfigError, match=f"needs a C compiler, and a place; .*{way_out}$"):
+        Worker(uses_triton, None).init_device()
+    Worker(tiny_config(tiny_model_dir, **without), None).init_device()
 
 
 def test_a_trace_of_steps_on_another_thread_is_written(make_driver: MakeDriver, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from mmv1.errors import ConfigError
 from mmv1.models.interface import SegmentRoom
 from mmv1.runner.attention.backend import AttentionMetadata
-from mmv1.runner.attention.triton import TritonBackend, cumulative
+from mmv1.runner.attention.triton import SegmentPlan, TritonBackend
 
 
 class _PagedPlan(NamedTuple):
@@ -26,16 +26,11 @@ class _PagedPlan(NamedTuple):
     max_query_len: int
 
 
-class _SegmentPlan(NamedTuple):
-    cu_seqlens: torch.Tensor  # int32 [segments + 1]
-    longest: int
-
-
 class FlashFunctions(NamedTuple):
     """What both packages are called through."""
 
     paged: Callable[[torch.Tensor, torch.Tensor, _PagedPlan, float], torch.Tensor]  # query, kv_cache, plan, scale
-    segments: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, _SegmentPlan, float], torch.Tensor]  # query, key, value, ...
+    segments: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SegmentPlan, float], torch.Tensor]  # query, key, value, ...
 
 
 def is_installed() -> bool:
@@ -70,7 +65,7 @@ def _load_cute() -> FlashFunctions:
         ))  # fmt: skip
 
     def segments(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _SegmentPlan, scale: float
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: SegmentPlan, scale: float
     ) -> torch.Tensor:
         return _first(flash_attn_varlen_func(
             query, key, value, cu_seqlens_q=plan.cu_seqlens, cu_seqlens_k=plan.cu_seqlens, max_seqlen_q=plan.longest,
@@ -90,7 +85,7 @@ def _load_interface() -> FlashFunctions:
         ))  # fmt: skip
 
     def segments(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _SegmentPlan, scale: float
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: SegmentPlan, scale: float
     ) -> torch.Tensor:
         return _first(flash_attn_varlen_func(
             query, key, value, plan.cu_seqlens, plan.cu_seqlens, plan.longest, plan.longest, softmax_scale=scale
@@ -134,13 +129,12 @@ class FlashBackend:
             return load().paged(query, kv_cache, plan, scale)
         return self._triton.forward(query, key, value, kv_cache, plan, scale)
 
-    def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> Any:
-        num_segments, longest = room or (None, max(seqlens))
-        if longest <= self._triton.max_window:
-            return self._triton.plan_varlen(seqlens, device, room)
-        return _SegmentPlan(cumulative(seqlens, device, num_segments), longest)
+    def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> SegmentPlan:
+        return self._triton.plan_varlen(seqlens, device, room)
 
-    def varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Any, scale: float) -> torch.Tensor:
-        if isinstance(plan, _SegmentPlan):
-            return load().segments(query, key, value, plan, scale)
-        return self._triton.varlen(query, key, value, plan, scale)
+    def varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: SegmentPlan, scale: float
+    ) -> torch.Tensor:
+        if plan.cu_seqlens is None or query.shape[-1] % 8:  # it reads heads 16 bytes at a time
+            return self._triton.varlen(query, key, value, plan, scale)
+        return load().segments(query, key, value, plan, scale)

@@ -78,9 +78,9 @@ class _StepPlan(NamedTuple):
     chunks: TilePlan | None
 
 
-class _Segments(NamedTuple):
+class SegmentPlan(NamedTuple):
     kernel: torch.Tensor  # segments or their tiles, for our kernels
-    cu_seqlens: torch.Tensor | None  # int32 [segments + 1] where torch's kernel may serve: long ones on CUDA
+    cu_seqlens: torch.Tensor | None  # int32 [segments + 1] where FlashAttention may serve: long ones on CUDA
     longest: int
 
 
@@ -153,14 +153,14 @@ class TritonBackend:
             output=output,
         )
 
-    def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> _Segments:
+    def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> SegmentPlan:
         num_segments, longest = room or (None, max(seqlens))
         segments = upload(self._varlen.make_segments(seqlens, longest, num_segments), device)
         long_on_cuda = device.type == "cuda" and longest > self.max_window
-        return _Segments(segments, cumulative(seqlens, device, num_segments) if long_on_cuda else None, longest)
+        return SegmentPlan(segments, cumulative(seqlens, device, num_segments) if long_on_cuda else None, longest)
 
     def varlen(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _Segments, scale: float
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: SegmentPlan, scale: float
     ) -> torch.Tensor:
         if plan.cu_seqlens is None or query.dtype == torch.float32 or query.shape[-1] % 8:
             return self._varlen.varlen_attention(query, key, value, plan.kernel, scale)
