@@ -71,12 +71,17 @@ class StepForward:
         """Record steps of these numbers of tokens. The largest first: the others then find room in its memory."""
         recorder = self._platform.recorder()
         num_columns = 3 + self._model.num_position_axes + 4
+        layer = self._model.attention_layers[0]
+        # Padding is attended to by nobody: its rows keep what an earlier step put there, or these zeroes. So what padding writes
+        # to the null block is finite, which a backend that multiplies masked values by 0 relies on.
+        attended = self._kv_caches[0].new_zeros(max(sizes, default=0), layer.num_heads, layer.head_dim)
         for size in sorted(sizes, reverse=True):
             inputs = torch.zeros(num_columns, size, dtype=torch.int32, device=self._platform.device)
             inputs[2].fill_(-1)
             most_keys = self._block_table.width * self._block_size
             splits = choose_num_splits(size, self._num_kv_heads, most_keys, self._platform.num_sms)
-            plan = TilePlan(inputs[-4:], self._block_table.tensor, self._block_size, self._tile_tokens, splits)
+            tables = inputs[-4:], self._block_table.tensor
+            plan = TilePlan(*tables, self._block_size, self._tile_tokens, splits, attended[:size])
 
             def run(inputs: torch.Tensor = inputs, plan: TilePlan = plan) -> torch.Tensor:
                 return self._run(TokenColumns.of(inputs[:-4]), TritonBackend(), plan)

@@ -6,6 +6,7 @@ On a CPU a recording is the function itself, and the kernels are interpreted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,25 @@ def test_recorded_steps_answer_as_launched_ones(make_driver: MakeDriver, prompts
     assert answers(recorded, prompts, chunk=chunk, depth=depth) == expected
     assert len(replayed) >= 3
     assert set(replayed) <= set(SIZES)
+
+
+def test_padding_leaves_the_null_block_finite(
+    make_driver: MakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even when whatever memory is handed out is full of NaN."""
+
+    def full_of_nan(like: torch.Tensor, *shape: int, **options: Any) -> torch.Tensor:
+        size = shape[0] if isinstance(shape[0], tuple | torch.Size) else shape
+        is_float = options.get("dtype", like.dtype).is_floating_point
+        return like.new_full(size, float("nan") if is_float else 0, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nan)
+    driver = make_driver()
+    driver.worker._runner.record([24])
+    driver.add("a", prompts[0])
+    driver.step({"a": 7})
+    null_blocks = torch.stack([cache[:, 0] for cache in driver.worker._runner._forward._kv_caches])
+    assert null_blocks.any() and null_blocks.isfinite().all()
 
 
 def test_a_chunk_with_many_keys_is_not_replayed(

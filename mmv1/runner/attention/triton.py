@@ -26,6 +26,7 @@ class TilePlan(NamedTuple):
     block_size: int
     tokens_per_tile: int
     num_splits: int
+    output: torch.Tensor | None = None  # [T, H, D], where the result goes; None: into memory of its own
 
 
 def make_tiles(
@@ -128,7 +129,7 @@ class TritonBackend:
         scale: float,
     ) -> torch.Tensor:
         """Of a TilePlan too. Tokens in no tile of it have an undefined result."""
-        output = query.new_empty(query.shape)
+        output = query.new_empty(query.shape) if not isinstance(plan, TilePlan) or plan.output is None else plan.output
         if isinstance(plan, TilePlan):
             self._attend(query, kv_cache, plan, scale, output)
             return output
