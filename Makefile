@@ -8,6 +8,7 @@ demo: setup
 
 test: setup
 	@bash scripts/redis_server.sh
+	@bash scripts/chromium.sh
 	.venv/bin/python -m pytest
 
 lint: setup

@@ -6,7 +6,8 @@
     │   ├── ContextLengthError     more tokens than the model's context
     │   └── ImageError             a picture cannot be fetched, decoded or accepted
     └── EngineError            our side failed (HTTP 5xx)
-        └── EngineDeadError        the engine process is gone or unusable
+        ├── EngineDeadError        the engine process is gone or unusable
+        └── ShuttingDownError      the server was told to end before the answer was complete
 
 Messages are written for the person who sent the request: they name no address in memory, no path and no host of the server.
 """
@@ -52,3 +53,7 @@ class EngineError(MMV1Error):
 
 class EngineDeadError(EngineError):
     """The engine process ended or stopped answering; this server cannot generate any more."""
+
+
+class ShuttingDownError(EngineError):
+    """The server was told to end, and this answer took longer than it had; another server, or this one later, may give it."""

@@ -7,6 +7,7 @@ A request has nothing left to schedule when it has no uncomputed expected token,
 from __future__ import annotations
 
 import enum
+from typing import Protocol
 
 from mmv1.types import EngineCoreRequest, FinishReason
 
@@ -17,6 +18,18 @@ class RequestStatus(enum.IntEnum):
     FINISHED = 2
 
 
+class TokenMatcher(Protocol):
+    """Where an answer is in the grammar that it must follow."""
+
+    error: str  # why it cannot go on; "" if it can
+
+    def mask(self) -> bytes:
+        """Which tokens may follow; see SchedulerOutput.token_masks. Never none."""
+
+    def advance(self, token_id: int) -> bool:
+        """This token has followed. False: it could not, or nothing can follow it."""
+
+
 class Request:
     """See the module's invariant. Counts are in tokens."""
 
@@ -25,6 +38,7 @@ class Request:
         "block_hashes",
         "cache_salt",
         "eos_token_ids",
+        "grammar",
         "kv_capacity",
         "max_total_tokens",
         "mm_end",
@@ -41,7 +55,9 @@ class Request:
         "token_ids",
     )
 
-    def __init__(self, core_request: EngineCoreRequest, arrival_key: tuple[int, ...]) -> None:
+    def __init__(
+        self, core_request: EngineCoreRequest, arrival_key: tuple[int, ...], grammar: TokenMatcher | None = None
+    ) -> None:
         params = core_request.sampling_params
         self.request_id = core_request.request_id
         self.arrival_key = arrival_key  # smaller goes first; unique
@@ -54,6 +70,7 @@ class Request:
         self.mm_features = core_request.mm_features
         self.mm_end = self.mm_features[-1].offset + self.mm_features[-1].num_tokens if self.mm_features else 0
         self.sampling_params = params
+        self.grammar = grammar  # has followed the confirmed output
         self.eos_token_ids = core_request.eos_token_ids
         self.stop_token_ids = frozenset(params.stop_token_ids) | frozenset(core_request.eos_token_ids)
         self.cache_salt = core_request.cache_salt

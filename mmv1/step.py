@@ -32,6 +32,7 @@ class NewRequestData(msgspec.Struct, array_like=True):
     sampling_params: SamplingParams
     block_ids: list[int]
     num_computed_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
 
 
 class CachedRequestData(msgspec.Struct, array_like=True):
@@ -78,6 +79,7 @@ class SchedulerOutput(msgspec.Struct, kw_only=True):
     new_requests: list[NewRequestData]
     cached_requests: CachedRequestData
     finished_request_ids: list[str]
+    token_masks: dict[str, bytes] = {}  # of requests that sample by a grammar: bit i % 8 of byte i // 8, may token i follow?
 
 
 class StageSeconds(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ docs/architecture.md). Every edge is a one-way stream of a tagged union: `Engine
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import msgspec
 
@@ -21,12 +22,27 @@ class FinishReason(enum.IntEnum):
     ERROR = 3
 
 
+class StructuredOutputs(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """What the text of an answer must be; one of the first five is given. Names and meanings are vLLM's."""
+
+    json: str | dict[str, Any] | bool | None = None  # a JSON schema, also as its text
+    regex: str | None = None  # of all the text
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None  # Lark, or GBNF
+    json_object: bool = False  # any JSON object
+    param: str = "structured_outputs"  # the field of the client's request, named in errors
+
+
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """How to choose the next token. Names and meanings are vLLM's; values are checked by `engine.sampling`.
 
     `temperature` 0 is greedy. `top_k` 0 or -1 keeps the whole vocabulary. `logprobs` None: none; k: the sampled token's and
     the k most likely ones' log-probabilities (of the raw logits). `stop` strings are matched by the output processor, on
     text; everything else is the engine's.
+
+    `logit_bias` is added to the logits. Before `min_tokens` tokens nothing stops the answer. `bad_words` are never completed;
+    `bad_words_token_ids`, their spellings as tokens, the engine finds itself. Where `structured_outputs` leaves nothing
+    else, it goes before the last three. `allowed_token_ids` do not go with it.
     """
 
     n: int = 1
@@ -45,6 +61,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=Tr
     logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class MMFeature(msgspec.Struct, frozen=True, array_like=True):

@@ -33,8 +33,8 @@ enable-prefix-caching: true
 **Exit status:** 0; 2 for settings or a question that cannot work, in one sentence; 1 for an engine that failed; 130 after Ctrl-C.
 `mmv1 caption` and `mmv1 run-batch` end with 3 when the run is over but some pictures or requests have failed.
 
-**Environment:** `REDIS_URL` (as `--redis-url`), `MMV1_LOG_LEVEL` (DEBUG, INFO, WARNING, ERROR), `CUDA_VISIBLE_DEVICES`,
-`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, and, for a server that is measured, `OPENAI_API_KEY`.
+**Environment:** `REDIS_URL` (as `--redis-url`), `MMV1_API_KEY` (as `--api-key`), `MMV1_LOG_LEVEL` (DEBUG, INFO, WARNING, ERROR),
+`CUDA_VISIBLE_DEVICES`, `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, and, for a server that is measured, `OPENAI_API_KEY`.
 """
 
 

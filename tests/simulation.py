@@ -13,6 +13,7 @@ overwritten, is found.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmv1.step import ENCODER_CACHE_PAGE_ROWS, EncodeBatch, EncodeOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput
@@ -39,17 +40,19 @@ def fingerprints(token_ids: list[int], features: list[MMFeature]) -> list[int]:
     return chain
 
 
-def sample(fingerprint: int) -> int:
-    return fingerprint % VOCAB
+def sample(fingerprint: int, mask: bytes | None = None) -> int:
+    """`mask`: see SchedulerOutput.token_masks."""
+    allowed = [token for token in range(VOCAB) if mask is None or mask[token // 8] >> token % 8 & 1]
+    return allowed[fingerprint % len(allowed)]
 
 
-def expected_output(request: EngineCoreRequest) -> list[int]:
-    """The one right output."""
+def expected_output(request: EngineCoreRequest, mask_after: Callable[[list[int]], bytes] | None = None) -> list[int]:
+    """The one right output. `mask_after`: which tokens may follow an output."""
     tokens = list(request.prompt_token_ids)
     value = fingerprints(tokens, request.mm_features)[-1]
     output: list[int] = []
     while len(output) < request.max_tokens:
-        output.append(sample(value))
+        output.append(sample(value, None if mask_after is None else mask_after(output)))
         if output[-1] in request.eos_token_ids or output[-1] in request.sampling_params.stop_token_ids:
             break
         value = hash((value, output[-1]))
@@ -159,7 +162,9 @@ class SimulatedWorker:
         # As on the device: all KV of the step is written before any is read.
         for request_id, count in step.num_scheduled_tokens.items():
             self._write(self.rows[request_id], count)
-        sampled = {i: token for i, n in step.num_scheduled_tokens.items() if (token := self._read(self.rows[i], n)) is not None}
+        read = {i: self._read(self.rows[i], n, step.token_masks.get(i)) for i, n in step.num_scheduled_tokens.items()}
+        sampled = {request_id: token for request_id, token in read.items() if token is not None}
+        assert step.token_masks.keys() <= sampled.keys(), "masks of requests that sample nothing"
         return Executed(
             ModelRunnerOutput(step_id=step.step_id, request_ids=list(sampled), sampled_token_ids=list(sampled.values()))
         )
@@ -186,13 +191,13 @@ class SimulatedWorker:
         for position in range(row.num_computed, stop):
             self.slots[self._slot(row, position)] = row.chain[position]
 
-    def _read(self, row: _Row, count: int) -> int | None:
+    def _read(self, row: _Row, count: int, mask: bytes | None) -> int | None:
         row.num_computed += count
         for position in range(row.num_computed):
             assert self.slots.get(self._slot(row, position)) == row.chain[position], "someone else's KV, or none"
         if row.num_computed < len(row.token_ids):
             return None
-        token = sample(row.chain[-1])
+        token = sample(row.chain[-1], mask)
         row.token_ids.append(token)
         row.chain.append(hash((row.chain[-1], token)))
         return token

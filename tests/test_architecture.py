@@ -42,6 +42,7 @@ CONFINED = {
     "torch": re.compile(r"runner/.*|models/.*|kernels/.*|.*/tensors\.py|preprocess/decode\.py|batch/clip\.py"),
     "triton": re.compile(r"kernels/(?!__init__|plain).*"),  # what a CPU imports does not import it
     "zmq": re.compile(r"wire\.py"),
+    "llguidance": re.compile(r"scheduler/grammar\.py"),
     "redis": re.compile(r"preprocess/redis_store\.py"),
     "httpx": re.compile(r"preprocess/fetch\.py|batch/backend\.py"),  # the latter: to a server of the user's
     "socket": re.compile(r"preprocess/fetch\.py|cli/serve\.py|api/server\.py"),  # the last two: the port that is listened on
@@ -66,6 +67,7 @@ MAY_OPEN = [
     (re.compile(r"preprocess/decode\.py|batch/clip\.py"), "Image.open(io.BytesIO("),
     (re.compile(r"preprocess/pool_process\.py|cli/main\.py"), "os.open(os.devnull, "),
     (re.compile(r"config\.py"), "Path(path).read_bytes("),  # the cache secret
+    (re.compile(r"api/page\.py"), "Path(__file__).with_name('page.html').read_bytes("),
     (re.compile(r"cli/bench_http\.py"), "loop.create_connection("),  # to the server that is measured
     # Files named on the command line, and beside them.
     (re.compile(r"batch/(journal|run_batch|caption_log|sinks|sources)\.py"), ""),
@@ -76,8 +78,8 @@ TORCH_FREE = [
     "mmv1.cli.demo", "mmv1.cli.main", "mmv1.cli.run", "mmv1.cli.serve",
     "mmv1.config", "mmv1.encoder_cache.manager", "mmv1.engine.async_llm", "mmv1.engine.client", "mmv1.engine.core",
     "mmv1.engine.output_processor", "mmv1.kv.block_hash", "mmv1.kv.block_pool", "mmv1.kv.manager", "mmv1.preprocess.layout",
-    "mmv1.preprocess.pool", "mmv1.preprocess.preprocessor", "mmv1.request", "mmv1.scheduler.scheduler", "mmv1.step",
-    "mmv1.types", "mmv1.wire",
+    "mmv1.preprocess.pool", "mmv1.preprocess.preprocessor", "mmv1.request", "mmv1.scheduler.grammar", "mmv1.scheduler.scheduler",
+    "mmv1.step", "mmv1.types", "mmv1.wire",
 ]
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 80

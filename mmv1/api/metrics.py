@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client import Histogram as ClientHistogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from mmv1.api.admission import first_token
 from mmv1.preprocess.preprocessor import PreprocessStats
 from mmv1.preprocess.timings import Histogram, StageTimings
 from mmv1.types import SchedulerStats
@@ -144,6 +145,7 @@ class Metrics:
         self._registry.register(_EngineCollector(model_name, read_stats, read_preprocess, timings, self.inter_token_latency))
         self._model_name = model_name
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests, cached ones included")
+        self.admission_rejections = self._counter("admission_rejections", "Requests refused because too many waited")
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Request to first token", _SECONDS)
         self.e2e_latency = self._histogram("e2e_request_latency_seconds", "Request to the end of its answer", _SECONDS)
         self._success = Counter(
@@ -183,6 +185,7 @@ class RequestTimer:
     def output(self, num_prompt_tokens: int, num_new_tokens: int) -> None:
         now = time.perf_counter()
         if self._last_token is None:
+            first_token()
             self._metrics.time_to_first_token.observe(now - self._start)
             self._metrics.prompt_tokens.inc(num_prompt_tokens)
         elif num_new_tokens:

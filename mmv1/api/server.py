@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import signal
 import socket
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +21,17 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import mmv1
+from mmv1.api.access import salt_of
+from mmv1.api.admission import RETRY_AFTER_S, Admission
 from mmv1.api.chat import ChatAnswer, SamplingDefaults
+from mmv1.api.completions import CompletionAnswer, CompletionRequest, decode_completion_request
 from mmv1.api.metrics import Metrics
+from mmv1.api.middleware import with_middleware
+from mmv1.api.page import add_page
 from mmv1.api.protocol import (
-    MAX_BODY_BYTES,
     ChatCompletionRequest,
     ModelCard,
     ModelList,
@@ -39,19 +41,29 @@ from mmv1.api.protocol import (
     encode,
     error_of,
 )
+from mmv1.api.settings import ServerSettings
+from mmv1.api.shutdown import Shutdown
 from mmv1.api.statistics import BottleneckLine, StatisticsLine, name_of_kv_cache
-from mmv1.errors import EngineDeadError, EngineError, RequestError
+from mmv1.api.tokenization import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode_detokenize_request,
+    decode_tokenize_request,
+    detokenize,
+    tokenize,
+)
+from mmv1.errors import EngineDeadError, EngineError, RequestError, ShuttingDownError
 from mmv1.log import logger
 
 if TYPE_CHECKING:
     from mmv1.engine.async_llm import AsyncLLM
 
-_MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES  # of a body that is refused: read so far, its sender sees the refusal
+_MAX_DISCARDED = 4  # times the largest body: so much is read of one that does not say its length, and its sender sees the refusal
 _STATISTICS_INTERVAL_S = 10.0
 _BOTTLENECK_INTERVAL_S = 60.0
 _ENGINE_WATCH_INTERVAL_S = 0.5
-_GRACEFUL_SHUTDOWN_S = 10
-_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}", re.ASCII)
+_GRACEFUL_SHUTDOWN_S = 10  # after the engine's death; who asks for the end says how long it may take
+_DEFAULTS = ServerSettings()
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 
@@ -107,50 +119,29 @@ async def _run_while_connected(receive: Receive, work: Coroutine[Any, Any, None]
 
 
 async def _read_json_body(request: Request) -> bytes:
-    """The body, at most MAX_BODY_BYTES of it, refused while it is read. Raises RequestError (413, 415)."""
+    """The body, refused before or while it is read where it is larger than the settings allow. Raises RequestError (413, 415)."""
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         message = "The body must be JSON, with the header Content-Type: application/json"
         raise RequestError(message, code="unsupported_content_type", status=415)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError("A compressed body is not supported", code="unsupported_content_type", status=415)
+    max_bytes: int = request.app.state.max_request_bytes
+    length = request.headers.get("content-length", "")
+    check_body_size(int(length) if length.isdecimal() else 0, max_bytes)
     pieces: list[bytes] = []
     received = 0
     try:
         async for piece in request.stream():
             received += len(piece)
-            if received <= MAX_BODY_BYTES:
+            if received <= max_bytes:
                 pieces.append(piece)
-            elif received > _MAX_DISCARDED_BYTES:
+            elif received > _MAX_DISCARDED * max_bytes:
                 break
     except ClientDisconnect:
         raise RequestError("The client disconnected", code="client_disconnected", status=499) from None
-    check_body_size(received)
+    check_body_size(received, max_bytes)
     return b"".join(pieces)
-
-
-class RequestIds:
-    """Puts x-request-id on every reply (the client's own, if it is a plain one) and keeps failures from the client's eyes."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception:  # answered already, by `_error_answer`
-            logger.exception("Request %s failed", request_id.decode())
 
 
 async def _error_answer(_: Request, error: Exception) -> Response:
@@ -160,15 +151,15 @@ async def _error_answer(_: Request, error: Exception) -> Response:
         headers.update(error.headers or {})
         code = _HTTP_CODES.get(error.status_code, "invalid_value")
         error = RequestError(str(error.detail), code=code, status=error.status_code)
-    elif isinstance(error, EngineDeadError):
-        headers["retry-after"] = "5"
+    elif isinstance(error, EngineDeadError | ShuttingDownError):
+        headers["retry-after"] = str(RETRY_AFTER_S)
     elif not isinstance(error, RequestError):
         headers["x-should-retry"] = "false"  # what broke us once is not sent again by itself
     status, body = error_of(error)
     return JSONAnswer(body, status, headers)
 
 
-def create_app(llm: AsyncLLM) -> ASGIApp:
+def create_app(llm: AsyncLLM, settings: ServerSettings = _DEFAULTS, admission: Admission | None = None) -> ASGIApp:
     """The ASGI application over a started AsyncLLM. Raises ConfigError when generation_config.json cannot be used."""
     model = llm.config.model
     defaults = SamplingDefaults.of_model(model.path)
@@ -176,19 +167,20 @@ def create_app(llm: AsyncLLM) -> ASGIApp:
     name, root = model.served_model_name, model.path
     card = ModelCard(id=name, created=int(time.time()), root=root, max_model_len=llm.max_model_len)
     app = FastAPI(title="mmv1", version=mmv1.__version__, redirect_slashes=False)
+    app.state.max_request_bytes = settings.max_request_bytes
     for kind in (RequestError, EngineError, HTTPException, Exception):
         app.add_exception_handler(kind, _error_answer)
 
-    schema = {"schema": {"$ref": "#/components/schemas/ChatCompletionRequest"}}
-    body_schema = {"requestBody": {"required": True, "content": {"application/json": schema}}}
-
-    @app.post("/v1/chat/completions", openapi_extra=body_schema)
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema("ChatCompletionRequest"))
     async def chat_completions(request: Request) -> Response:
         chat_request = decode_chat_request(await _read_json_body(request))
         check_model(chat_request.model, card.id)
+        chat_request.cache_salt = salt_of(request.scope, chat_request.cache_salt)
         answer = ChatAnswer(llm, chat_request, defaults, metrics)
         stream = bool(chat_request.stream)
         return GeneratedAnswer(answer.events() if stream else answer.full(), stream=stream)
+
+    _add_text_routes(app, llm, card, defaults, metrics)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -209,11 +201,54 @@ def create_app(llm: AsyncLLM) -> ASGIApp:
     async def prometheus() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
+    add_page(app)
     if llm.config.device.torch_profiler_dir is not None:
         _add_profile_routes(app, llm)
-    _, components = msgspec.json.schema_components([ChatCompletionRequest], ref_template="#/components/schemas/{name}")
+    requests = (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    _, components = msgspec.json.schema_components(requests, ref_template="#/components/schemas/{name}")
     app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(components)
-    return RequestIds(app)
+    return with_middleware(app, settings, admission or Admission(settings), metrics)
+
+
+def _body_schema(name: str) -> dict[str, Any]:
+    schema = {"schema": {"$ref": f"#/components/schemas/{name}"}}
+    return {"requestBody": {"required": True, "content": {"application/json": schema}}}
+
+
+def _add_text_routes(app: FastAPI, llm: AsyncLLM, card: ModelCard, defaults: SamplingDefaults, metrics: Metrics) -> None:
+    """Raw prompts, tokens, and what a server says of itself."""
+
+    @app.post("/v1/completions", openapi_extra=_body_schema("CompletionRequest"))
+    async def completions(request: Request) -> Response:
+        completion_request = decode_completion_request(await _read_json_body(request))
+        check_model(completion_request.model, card.id)
+        completion_request.cache_salt = salt_of(request.scope, completion_request.cache_salt)
+        answer = CompletionAnswer(llm, completion_request, defaults, metrics)
+        stream = bool(completion_request.stream)
+        return GeneratedAnswer(answer.events() if stream else answer.full(), stream=stream)
+
+    @app.post("/tokenize", openapi_extra=_body_schema("TokenizeRequest"))
+    async def tokenize_prompt(request: Request) -> Response:
+        tokenize_request = decode_tokenize_request(await _read_json_body(request))
+        check_model(tokenize_request.model or card.id, card.id)
+        return JSONAnswer(await tokenize(llm, tokenize_request, salt_of(request.scope, None)))
+
+    @app.post("/detokenize", openapi_extra=_body_schema("DetokenizeRequest"))
+    async def detokenize_tokens(request: Request) -> Response:
+        detokenize_request = decode_detokenize_request(await _read_json_body(request))
+        check_model(detokenize_request.model or card.id, card.id)
+        return JSONAnswer(await asyncio.to_thread(detokenize, llm, detokenize_request))
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": mmv1.__version__}
+
+    @app.get("/ping")
+    @app.post("/ping", include_in_schema=False)
+    async def ping() -> Response:
+        """As /health, with nothing in it."""
+        await llm.check_health()
+        return Response()
 
 
 def _add_profile_routes(app: FastAPI, llm: AsyncLLM) -> None:
@@ -232,24 +267,20 @@ def _add_profile_routes(app: FastAPI, llm: AsyncLLM) -> None:
 
 
 class _Server(uvicorn.Server):
-    was_asked_to_stop = False
-
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are `serve`'s: uvicorn would raise them again at the end, and a clean stop would look like a kill."""
         yield
 
-    def stop(self) -> None:
-        """Finish what is being answered, then end; the second time, at once."""
-        self.force_exit = self.was_asked_to_stop
-        self.was_asked_to_stop = self.should_exit = True
 
-
-async def serve(llm: AsyncLLM, listener: socket.socket, started_at: float | None = None) -> int:
+async def serve(
+    llm: AsyncLLM, listener: socket.socket, started_at: float | None = None, settings: ServerSettings = _DEFAULTS
+) -> int:
     """Answer on the bound socket `listener` until SIGTERM, SIGINT or the engine's death. Returns the exit status. `started_at`:
     when, by time.monotonic(), the command was given."""
+    admission = Admission(settings)
     config = uvicorn.Config(
-        create_app(llm),
+        create_app(llm, settings, admission),
         http="httptools",
         ws="none",
         lifespan="off",
@@ -258,25 +289,34 @@ async def serve(llm: AsyncLLM, listener: socket.socket, started_at: float | None
         server_header=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=_GRACEFUL_SHUTDOWN_S,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile,
     )
     uvicorn_logger = logging.getLogger("uvicorn.error")
     uvicorn_logger.handlers, uvicorn_logger.propagate = list(logger.handlers), False
-    uvicorn_logger.setLevel(logging.WARNING)
+    uvicorn_logger.setLevel(uvicorn.config.LOG_LEVELS[settings.uvicorn_log_level])
     server = _Server(config)
+    shutdown = Shutdown(admission, settings.shutdown_timeout_s, llm.end_requests)
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+        asyncio.get_running_loop().add_signal_handler(number, shutdown.ask)
     listener.listen(config.backlog)  # whoever reads the next lines may connect
-    _log_start(llm, listener)
+    _log_start(llm, listener, settings)
     if started_at is not None:
         logger.info("Ready after %.1f s", time.monotonic() - started_at)
-    background = [asyncio.ensure_future(work) for work in (_stop_with_engine(llm, server), *_periodic_lines(llm))]
+    works = (_stop_with_engine(llm, server), _stop_when_asked(shutdown, server), *_periodic_lines(llm))
+    background = [asyncio.ensure_future(work) for work in works]
     try:
         await server.serve(sockets=[listener])
     finally:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
-    return 0 if server.was_asked_to_stop else 1
+    return 0 if shutdown.was_asked else 1
+
+
+async def _stop_when_asked(shutdown: Shutdown, server: _Server) -> None:
+    server.force_exit = not await shutdown.run()
+    server.should_exit = True
 
 
 async def _stop_with_engine(llm: AsyncLLM, server: _Server) -> None:
@@ -310,7 +350,7 @@ async def _log_every(interval_s: float, next_line: Callable[[float], str | None]
             logger.info(line)
 
 
-def _log_start(llm: AsyncLLM, listener: socket.socket) -> None:
+def _log_start(llm: AsyncLLM, listener: socket.socket, settings: ServerSettings) -> None:
     model, preprocess, ready = llm.config.model, llm.config.preprocess, llm.ready
     if ready is not None:
         num_tokens = ready.num_kv_blocks * ready.block_size
@@ -326,7 +366,10 @@ def _log_start(llm: AsyncLLM, listener: socket.socket) -> None:
     logger.info("Preprocess workers: %d, slab: %.1f MiB, Redis: %s", preprocess.num_workers, slab_mib, redis)
     host, port = listener.getsockname()[:2]
     profiling = ("POST /start_profile", "POST /stop_profile") if llm.config.device.torch_profiler_dir is not None else ()
-    for route in ("POST /v1/chat/completions", "GET /v1/models", "GET /health", "GET /metrics", "GET /docs", *profiling):
+    posts = ("POST /v1/chat/completions", "POST /v1/completions", "POST /tokenize")
+    for route in (*posts, "GET /v1/models", "GET /health", "GET /metrics", "GET /docs", *profiling):
         logger.info("Route: %s", route)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if settings.api_keys:
+        logger.info("API keys: %d, each a tenant that shares no cache with the others", len(set(settings.api_keys)))
+    url = f"http{'s' if settings.ssl_certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}{settings.root_path}"
     logger.info("Application startup complete. Serving %s on %s", model.served_model_name, url)

@@ -110,7 +110,7 @@ class CaptionJob:
         stack.push_async_callback(recorder.finish)  # before the output is closed
         captioner = Captioner(
             backend, self._question, reader, output.log, recorder, seed=args.seed,
-            use_response_format=namespace.url is not None, scorer=scorer, min_clip_score=namespace.min_clip_score,
+            scorer=scorer, min_clip_score=namespace.min_clip_score,
         )  # fmt: skip
         return backend, captioner
 

@@ -132,7 +132,6 @@ class Captioner:
         recorder: Recorder,
         *,
         seed: int,
-        use_response_format: bool,
         scorer: Scorer | None = None,
         min_clip_score: float | None = None,
     ) -> None:
@@ -142,7 +141,7 @@ class Captioner:
         self._log = log
         self._recorder = recorder
         self._seed = seed
-        self._use_response_format = use_response_format
+        self._use_response_format = True  # until it is refused
         self._scorer = scorer
         self._min_clip_score = min_clip_score
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by blake3 of the picture
@@ -213,7 +212,8 @@ class Captioner:
             if not (uses and _error_in(answer).get("param") == "response_format"):
                 raise _refusal(answer)
             if self._use_response_format:
-                logger.warning("This server takes no response_format: the schema goes into the prompt, and answers are checked")
+                reason = _error_in(answer).get("message")
+                logger.warning("The schema goes into the prompt, since generation cannot be made to follow it: %s", reason)
             self._use_response_format = False
 
 

@@ -107,6 +107,17 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def json_list(text: str) -> tuple[str, ...]:
+    """A JSON list of strings, as vLLM wants them where values may begin with anything."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON list of strings, such as '[\"https://example.org\"]'")
+    return tuple(value)
+
+
 # ---- --config ----
 
 
@@ -172,6 +183,8 @@ def _value_of(action: argparse.Action, value: Any, place: str) -> Any:
         if not isinstance(value, bool):
             raise ConfigError(f"{place} must be true or false, not {value!r}")
         return value
+    if action.type is json_list and isinstance(value, list):
+        value = json.dumps(value)
     if action.nargs in ("+", "*"):
         if not isinstance(value, list):
             raise ConfigError(f"{place} must be a list, not {value!r}")

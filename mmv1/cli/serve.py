@@ -5,29 +5,96 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import os
 import socket
+import ssl
 import time
 import types
 
+from mmv1.api.settings import DEFAULT_MAX_REQUEST_BYTES, DEFAULT_SHUTDOWN_TIMEOUT_S, ServerSettings
 from mmv1.cli.event_loop import run_until_signal
+from mmv1.cli.options import json_list
 from mmv1.config import EngineArgs, EngineConfig, resolve
 from mmv1.errors import ConfigError
 from mmv1.log import configure_logging, logger
+
+_API_KEY_VARIABLE = "MMV1_API_KEY"
+_LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("Server")
     server.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (default: 127.0.0.1)")
     server.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on; 0: any free one (default: 8000)")
+    server.add_argument("--root-path", default="", metavar="PATH", help="what a proxy in front has put before all paths")
+    server.add_argument("--ssl-keyfile", metavar="FILE", help="serve https: the private key")
+    server.add_argument("--ssl-certfile", metavar="FILE", help="serve https: the certificate, with those between it and its root")
+    server.add_argument(
+        "--uvicorn-log-level", default="warning", choices=_LOG_LEVELS, help="of the HTTP server's own messages (default: warning)"
+    )
+    _add_access_arguments(parser.add_argument_group("Access"))
+    _add_limit_arguments(parser.add_argument_group("Limits"))
+
+
+def _add_access_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--api-key", nargs="+", default=[], metavar="KEY", help="answer only who sends one of these keys; each is a tenant, and "
+        f"tenants share no cache (default: those in {_API_KEY_VARIABLE}, between spaces; without any, everybody is answered)"
+    )  # fmt: skip
+    add("--allowed-origins", type=json_list, default=(), metavar="JSON", help="pages that may read answers: their origins, or *")
+    add("--allowed-methods", type=json_list, default=("*",), metavar="JSON", help='methods they may use (default: ["*"])')
+    add("--allowed-headers", type=json_list, default=("*",), metavar="JSON", help='headers they may send (default: ["*"])')
+    add("--allow-credentials", action="store_true", help="let them send cookies and the like")
+
+
+def _add_limit_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    size, timeout = DEFAULT_MAX_REQUEST_BYTES, DEFAULT_SHUTDOWN_TIMEOUT_S
+    add("--max-request-bytes", type=int, default=size, metavar="N", help=f"largest body of a request (default: {size})")
+    add("--max-queued-requests", type=int, metavar="N", help="requests that may wait for a first token; further ones get 429")
+    add("--max-queued-requests-per-key", type=int, metavar="N", help="the same for each API key")
+    add(
+        "--shutdown-timeout", type=float, default=timeout, metavar="X",
+        help=f"seconds to finish answers in after a signal to end; a second one ends at once (default: {timeout:g})",
+    )  # fmt: skip
 
 
 def run(namespace: argparse.Namespace) -> int:
     started_at = time.monotonic()
     configure_logging("api")
+    settings = server_settings(namespace)
     config = resolve(namespace.engine_args)
     with _bind(namespace.host, namespace.port) as listener:
         _log_settings(namespace.engine_args)
-        return run_until_signal(_start_and_serve(config, listener, started_at))
+        return run_until_signal(_start_and_serve(config, settings, listener, started_at))
+
+
+def server_settings(namespace: argparse.Namespace) -> ServerSettings:
+    """Takes the keys out of the environment: processes started later, decoders of strangers' pictures among them, do not get
+    them. Raises ConfigError."""
+    in_environment = os.environ.pop(_API_KEY_VARIABLE, "").split()
+    settings = ServerSettings(
+        api_keys=tuple(namespace.api_key or in_environment),
+        root_path=namespace.root_path,
+        allowed_origins=namespace.allowed_origins,
+        allowed_methods=namespace.allowed_methods,
+        allowed_headers=namespace.allowed_headers,
+        allow_credentials=namespace.allow_credentials,
+        max_request_bytes=namespace.max_request_bytes,
+        max_queued_requests=namespace.max_queued_requests,
+        max_queued_requests_per_key=namespace.max_queued_requests_per_key,
+        shutdown_timeout_s=namespace.shutdown_timeout,
+        uvicorn_log_level=namespace.uvicorn_log_level,
+        ssl_keyfile=namespace.ssl_keyfile,
+        ssl_certfile=namespace.ssl_certfile,
+    )
+    if settings.ssl_certfile is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(f"--ssl-certfile and --ssl-keyfile cannot be used: {error.strerror or error}") from error
+    return settings
 
 
 def _log_settings(args: EngineArgs) -> None:
@@ -54,7 +121,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _start_and_serve(config: EngineConfig, listener: socket.socket, started_at: float) -> int:
+async def _start_and_serve(config: EngineConfig, settings: ServerSettings, listener: socket.socket, started_at: float) -> int:
     from mmv1.engine.async_llm import AsyncLLM
 
     llm = AsyncLLM(config)
@@ -63,7 +130,7 @@ async def _start_and_serve(config: EngineConfig, listener: socket.socket, starte
     await llm.start()
     try:
         server = await importing
-        return await server.serve(llm, listener, started_at)  # from here on the signals are its own
+        return await server.serve(llm, listener, started_at, settings)  # from here on the signals are its own
     finally:
         await llm.close()
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import msgspec
 from tokenizers import Tokenizer
@@ -19,13 +21,14 @@ from tokenizers import Tokenizer
 from mmv1.config import EngineConfig
 from mmv1.engine.client import EngineClient
 from mmv1.engine.output_processor import CompletionDelta, CompletionOutput, OutputProcessor, RequestOutput
-from mmv1.engine.sampling import check_sampling_params
-from mmv1.errors import ConfigError, ContextLengthError, EngineDeadError, EngineError, MMV1Error, RequestError
+from mmv1.engine.sampling import check_sampling_params, resolve_tokens
+from mmv1.errors import ConfigError, ContextLengthError, EngineDeadError, EngineError, MMV1Error, RequestError, ShuttingDownError
 from mmv1.log import logger
 from mmv1.preprocess.image_settings import NOTHING_SAID, ImageSettings
 from mmv1.preprocess.media import ImageSource
 from mmv1.preprocess.preprocessor import PreparedPrompt, Preprocessor
 from mmv1.preprocess.prompt import Message
+from mmv1.scheduler.grammar import Grammars
 from mmv1.types import Abort, EngineCoreOutputs, EngineCoreRequest, EngineReady, ResetCaches, SamplingParams, SchedulerStats
 
 
@@ -37,7 +40,15 @@ class RawPrompt:
     images: Sequence[ImageSource] = ()
 
 
-Prompt = Sequence[Message] | RawPrompt
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation, and the tools that the chat template shows to the model (each {"type": "function", "function": {...}})."""
+
+    messages: Sequence[Message]
+    tools: Sequence[dict[str, Any]] = ()
+
+
+Prompt = Sequence[Message] | ChatPrompt | RawPrompt
 
 
 class AsyncLLM:
@@ -51,6 +62,7 @@ class AsyncLLM:
         if self.tokenizer.get_vocab_size(with_added_tokens=True) > config.model.vocab_size:
             raise ConfigError("tokenizer.json has more tokens than config.json's vocab_size: they are not of one model")
         self._outputs = OutputProcessor(self.preprocessor.tokenizer)
+        self._grammars = Grammars.of_model(config.model)
         self._streams: dict[str, _Stream] = {}
         self._stats = SchedulerStats()
         self._death: str | None = None
@@ -102,7 +114,8 @@ class AsyncLLM:
         image_settings: ImageSettings = NOTHING_SAID,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Deltas of the answers, merged over the n of them, until all are finished. Closing it ends the request.
-        `image_settings` are for all pictures that do not say otherwise.
+        `image_settings` are for all pictures that do not say otherwise. Requests with different `cache_salt` share nothing that
+        is kept: no KV, no embeddings, no pictures.
 
         Raises, before the first delta, RequestError (with ImageError and ContextLengthError) for what the request is at fault
         for, pictures included, and at any time EngineDeadError.
@@ -114,8 +127,10 @@ class AsyncLLM:
         stream = self._streams[request_id] = _Stream(request_id, sampling_params.n)
         core_ids: list[str] = []
         try:
-            params = check_sampling_params(sampling_params)
-            prepared = await self._prepare(request_id, prompt, params, image_settings)
+            params = resolve_tokens(check_sampling_params(sampling_params), self.tokenizer, self.config.model.vocab_size)
+            if params.structured_outputs is not None:
+                await asyncio.wrap_future(self._grammars.check(params.structured_outputs))
+            prepared = await self._prepare(request_id, prompt, params, image_settings, cache_salt.encode())
             requests = self._core_requests(request_id, prepared, params, priority, cache_salt)
             self._raise_if_dead()
             for index, request in enumerate(requests):
@@ -136,19 +151,41 @@ class AsyncLLM:
                 self._client.send(Abort(core_ids))
             self.preprocessor.release_request(request_id)
 
+    async def tokenize(
+        self, prompt: Prompt, *, cache_salt: str = "", image_settings: ImageSettings = NOTHING_SAID
+    ) -> list[int]:
+        """The token ids that `generate` would compute, of whatever length, with every picture's placeholder expanded. Raises
+        RequestError."""
+        if prompt == RawPrompt(""):
+            return []
+        request_id = uuid.uuid4().hex
+        try:
+            prepared = await self._prepare_within(sys.maxsize, request_id, prompt, image_settings, cache_salt.encode())
+        finally:
+            self.preprocessor.release_request(request_id)
+        return prepared.prompt_token_ids
+
     async def _prepare(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, image_settings: ImageSettings
+        self, request_id: str, prompt: Prompt, params: SamplingParams, image_settings: ImageSettings, scope: bytes
     ) -> PreparedPrompt:
         """Raises RequestError, for a prompt that leaves no room for the answer before any picture of it is downloaded."""
         room = self.max_model_len - (params.max_tokens or 1)
         if room < 1:
             message = f"max_tokens {params.max_tokens} leaves no room for a prompt in the model's {self.max_model_len} tokens"
             raise ContextLengthError(message, param="max_tokens")
+        return await self._prepare_within(room, request_id, prompt, image_settings, scope)
+
+    async def _prepare_within(
+        self, room: int, request_id: str, prompt: Prompt, image_settings: ImageSettings, scope: bytes
+    ) -> PreparedPrompt:
         if isinstance(prompt, RawPrompt):
             return await self.preprocessor.prepare_prompt(
-                request_id, prompt.prompt, prompt.images, image_settings, max_prompt_tokens=room
+                request_id, prompt.prompt, prompt.images, image_settings, max_prompt_tokens=room, tenant_scope=scope
             )
-        return await self.preprocessor.prepare_chat(request_id, prompt, image_settings, max_prompt_tokens=room)
+        chat = prompt if isinstance(prompt, ChatPrompt) else ChatPrompt(prompt)
+        return await self.preprocessor.prepare_chat(
+            request_id, chat.messages, image_settings, tools=chat.tools, max_prompt_tokens=room, tenant_scope=scope
+        )
 
     def _core_requests(
         self, request_id: str, prepared: PreparedPrompt, params: SamplingParams, priority: int, cache_salt: str
@@ -160,7 +197,8 @@ class AsyncLLM:
             mm_features=prepared.mm_features,
             sampling_params=params,
             max_tokens=params.max_tokens or self.max_model_len - len(prepared.prompt_token_ids),
-            eos_token_ids=() if params.ignore_eos else self.config.model.eos_token_ids,
+            # A grammar that is complete allows end-of-sequence alone: the answer then ends, whatever it was to ignore.
+            eos_token_ids=() if params.ignore_eos and not params.structured_outputs else self.config.model.eos_token_ids,
             cache_salt=cache_salt.encode(),
             priority=priority,
         )
@@ -227,6 +265,11 @@ class AsyncLLM:
             raise
         except EngineError as error:
             raise RequestError(str(error), code="profile_failed", status=409) from error
+
+    def end_requests(self) -> None:
+        """End every request that runs, with ShuttingDownError after the text that it has."""
+        for stream in self._streams.values():
+            stream.fail(ShuttingDownError("the server is shutting down"))
 
     def reset_caches(self) -> None:
         """Make the engine forget every unreferenced KV block and embedding (benchmarks and tests)."""

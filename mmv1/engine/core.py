@@ -13,17 +13,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import NamedTuple
 
 from mmv1.engine.executor import Executor
+from mmv1.request import TokenMatcher
+from mmv1.scheduler.grammar import GrammarMatcher, Grammars
 from mmv1.scheduler.scheduler import Scheduler
 from mmv1.step import EncodeBatch, EncodeOutput, ModelRunnerOutput, SchedulerOutput
 from mmv1.types import (
     Abort,
     EngineCoreInput,
+    EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreRequest,
     FeatureFailed,
     FeatureReady,
+    FinishReason,
     Ping,
     Pong,
     ProfileAnswer,
@@ -37,6 +42,13 @@ _DONE = object()  # a step or an encode batch
 _STOP = object()
 
 
+class _Compiled(NamedTuple):
+    """The grammar that a request has been waiting for, or why there is none."""
+
+    request: EngineCoreRequest
+    grammar: Future[GrammarMatcher]
+
+
 class EngineCore:
     """`publish` is called on the loop's thread with everything there is to tell the API server."""
 
@@ -46,12 +58,15 @@ class EngineCore:
         executor: Executor,
         publish: Callable[[EngineCoreOutputs], None],
         *,
+        grammars: Grammars,
         max_steps_in_flight: int = 2,
         max_encodes_in_flight: int = 2,
     ) -> None:
         self.scheduler = scheduler
         self._executor = executor
         self._publish = publish
+        self._grammars = grammars
+        self._compiling: set[str] = set()  # requests whose grammars are being compiled
         self._max_steps_in_flight = max_steps_in_flight
         self._max_encodes_in_flight = max_encodes_in_flight
         self._events: queue.SimpleQueue[object] = queue.SimpleQueue()
@@ -154,13 +169,14 @@ class EngineCore:
         scheduler = self.scheduler
         match event:
             case EngineCoreRequest():
-                if not scheduler.has_requests:
-                    self._progress_at = time.monotonic()
-                scheduler.add_request(event)
+                self._add(event)
+            case _Compiled():
+                self._add_compiled(event)
             case FeatureReady():
                 scheduler.pixels_ready(event)
             case Abort():
                 scheduler.abort(event.request_ids)
+                self._compiling.difference_update(event.request_ids)
                 self._outbox.stats = scheduler.snapshot()  # gauges have fallen, and perhaps nothing else is left to tell
             case FeatureFailed():
                 scheduler.pixels_failed(event)
@@ -182,6 +198,33 @@ class EngineCore:
             case _ if event is _STOP:
                 self._stopping = True
                 scheduler.abort(list(scheduler.requests))
+                self._compiling.clear()
+
+    def _add(self, request: EngineCoreRequest, grammar: TokenMatcher | None = None) -> None:
+        asked = request.sampling_params.structured_outputs
+        if asked is not None and grammar is None:
+            self._compiling.add(request.request_id)
+            compiling = self._grammars.compile(asked)
+            compiling.add_done_callback(lambda done: self._events.put(_Compiled(request, done)))
+            return
+        if not self.scheduler.has_requests:
+            self._progress_at = time.monotonic()
+        self.scheduler.add_request(request, grammar)
+
+    def _add_compiled(self, compiled: _Compiled) -> None:
+        """A grammar was checked before it came here: that it cannot be compiled is this request's trouble alone."""
+        request, grammar = compiled
+        if request.request_id not in self._compiling:
+            return  # aborted meanwhile
+        self._compiling.discard(request.request_id)
+        if (error := grammar.exception()) is None:
+            self._add(request, grammar.result())
+            return
+        self._outbox.outputs.append(
+            EngineCoreOutput(
+                request.request_id, [], finish_reason=FinishReason.ERROR, error=str(error), error_code="invalid_grammar"
+            )
+        )
 
     def _profile(self, call_id: int, trace_dir: str | None) -> None:
         def answer(future: Future[None]) -> None:

@@ -30,6 +30,7 @@ from mmv1.kv.block_hash import BlockHasher
 from mmv1.kv.manager import KVCacheManager
 from mmv1.log import configure_logging, logger
 from mmv1.preprocess.layout import load_layout
+from mmv1.scheduler.grammar import Grammars
 from mmv1.scheduler.pixels import PixelLedger
 from mmv1.scheduler.scheduler import Scheduler
 from mmv1.types import EngineCoreInput, EngineCoreMessage, EngineDead, EngineReady
@@ -114,7 +115,10 @@ def build_core(
         chunked_prefill=limits.enable_chunked_prefill,
         keeps_embeddings=cache.encoder_cache,
     )
-    core = EngineCore(scheduler, UniProcExecutor(worker), output.put, max_steps_in_flight=2 if limits.async_scheduling else 1)
+    core = EngineCore(
+        scheduler, UniProcExecutor(worker), output.put, grammars=Grammars.of_model(config.model),
+        max_steps_in_flight=2 if limits.async_scheduling else 1,
+    )  # fmt: skip
     ready = EngineReady(
         max_model_len=max_model_len,
         num_kv_blocks=num_blocks - 1,

@@ -190,7 +190,7 @@ class _StopStrings:
 
 
 class _RequestState:
-    __slots__ = ("detokenizer", "emit", "include_stop", "index", "num_prompt_tokens", "parent_id", "stop_strings")
+    __slots__ = ("detokenizer", "emit", "include_stop", "index", "num_early", "num_prompt_tokens", "parent_id", "stop_strings")
 
     def __init__(self, request: EngineCoreRequest, tokenizer: Tokenizer, parent_id: str, index: int, emit: Emit) -> None:
         params = request.sampling_params
@@ -201,6 +201,7 @@ class _RequestState:
         self.include_stop = params.include_stop_str_in_output
         self.detokenizer = _Detokenizer(tokenizer, params.skip_special_tokens)
         self.stop_strings = _StopStrings(params.stop, self.include_stop) if params.stop else None
+        self.num_early = params.min_tokens  # tokens whose text no stop string is looked for in
 
     def read(self, token_ids: list[int], last: bool) -> tuple[str, int, str | None]:
         """The text of `token_ids` that may be given out, how many of them were used, and the stop string found, if any."""
@@ -210,6 +211,10 @@ class _RequestState:
             return (text + detokenizer.flush() if last else text), len(token_ids), None
         text = ""
         for used, token_id in enumerate(token_ids, 1):
+            if self.num_early > 0:
+                self.num_early -= 1
+                text += detokenizer.push(token_id)
+                continue
             piece, stop = stop_strings.push(detokenizer.push(token_id))
             text += piece
             if stop is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -31,6 +31,7 @@ from mmv1.preprocess.timings import StageTimings
 from mmv1.types import MMFeature, PixelRequest
 
 _TEXT_COST = 64  # a character is worth at least so many bytes of a picture: tokenizing is that much slower than hashing
+_TOOL_CHARACTERS = 1024  # of what a template shows of one tool, about
 _NO_SECRET = b"mmv1: a shared store without a secret"  # servers that share no secret still agree on their keys
 
 
@@ -190,19 +191,22 @@ class Preprocessor:
         messages: Sequence[Message],
         image_settings: ImageSettings = NOTHING_SAID,
         *,
+        tools: Sequence[dict[str, Any]] = (),
         max_prompt_tokens: int | None = None,
+        tenant_scope: bytes = b"",
     ) -> PreparedPrompt:
         """Fetch, probe and hash the pictures, render and tokenize the conversation. From here on the pictures' bytes are kept
         for `request_id`, until `release_request`. `image_settings` are the request's, for all pictures that do not say
-        otherwise. `max_prompt_tokens`: None leaves room for one token of answer. Nothing is downloaded for a prompt that is
+        otherwise. `tools`: see `PromptRenderer.render_chat`. `max_prompt_tokens`: None leaves room for one token of answer.
+        `tenant_scope` enters mm_hash: pictures of different scopes share nothing. Nothing is downloaded for a prompt that is
         refused anyway. Raises RequestError (ImageError, ContextLengthError)."""
         if not messages:
             raise RequestError("messages must not be empty", param="messages")
         pictures = image_parts(messages)
         self._check_number(len(pictures))
-        size = sum(_text_size(message) for message in messages)
-        token_ids = await off_loop(_TEXT_COST * size, self._prompts.render_chat, messages)
-        return await self._prepare(request_id, token_ids, pictures, image_settings, max_prompt_tokens)
+        size = sum(_text_size(message) for message in messages) + _TOOL_CHARACTERS * len(tools)
+        token_ids = await off_loop(_TEXT_COST * size, self._prompts.render_chat, messages, tools)
+        return await self._prepare(request_id, token_ids, pictures, image_settings, max_prompt_tokens, tenant_scope)
 
     async def prepare_prompt(
         self,
@@ -212,6 +216,7 @@ class Preprocessor:
         image_settings: ImageSettings = NOTHING_SAID,
         *,
         max_prompt_tokens: int | None = None,
+        tenant_scope: bytes = b"",
     ) -> PreparedPrompt:
         """The same for a raw prompt, as text in which special tokens mean themselves or as ids, with one placeholder per
         picture."""
@@ -221,7 +226,7 @@ class Preprocessor:
         else:
             token_ids = self._prompts.check_ids(prompt)
         parts = [ImagePart(image) for image in images]
-        return await self._prepare(request_id, token_ids, parts, image_settings, max_prompt_tokens)
+        return await self._prepare(request_id, token_ids, parts, image_settings, max_prompt_tokens, tenant_scope)
 
     def release_request(self, request_id: str) -> None:
         """The request has ended: its pictures' bytes are dropped, unless another request refers to them. Unknown ids are
@@ -275,6 +280,7 @@ class Preprocessor:
         parts: Sequence[ImagePart],
         image_settings: ImageSettings,
         max_prompt_tokens: int | None,
+        tenant_scope: bytes,
     ) -> PreparedPrompt:
         if request_id in self._requests:
             raise EngineError(f"request id {request_id} is in use")
@@ -287,7 +293,7 @@ class Preprocessor:
         for read in (self._images.read_local, self._images.download):
             for number, image in (await read(sources)).items():
                 with naming_the_image(number, of=len(sources)):
-                    loaded[number] = await self._load(image, limits[number])
+                    loaded[number] = await self._load(image, limits[number], tenant_scope)
             self._check_room(len(token_ids), loaded.values(), max_prompt_tokens)
         pictures = [loaded[number] for number in range(len(sources))]
         expanded, offsets = self._prompts.expand(token_ids, [picture.place.num_tokens for picture in pictures])
@@ -312,7 +318,7 @@ class Preprocessor:
         for picture in pictures:
             self._ledger.check_admissible(picture.place.nbytes)
 
-    async def _load(self, image: EncodedImage, limits: PixelLimits) -> _Loaded:
+    async def _load(self, image: EncodedImage, limits: PixelLimits, tenant_scope: bytes) -> _Loaded:
         self._num_probed += 1
         place = self.layout.place(image.header.width, image.header.height, limits)
         if self._max_image_tokens < place.num_tokens < self._max_model_len:  # longer ones are the whole prompt's matter
@@ -321,8 +327,9 @@ class Preprocessor:
         fingerprint = self.layout.fingerprint(limits)
         container = "ppm" if image.header.format == "PPM" else "encoded"
         mm_hash = await off_loop(
-            len(image.data), lambda: self._hasher.mm_hash(image.data, fingerprint=fingerprint, container=container)
-        )
+            len(image.data), self._hasher.mm_hash, image.data,
+            fingerprint=fingerprint, container=container, tenant_scope=tenant_scope,
+        )  # fmt: skip
         return _Loaded(mm_hash, image, place)
 
 

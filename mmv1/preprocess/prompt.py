@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 from tokenizers import Tokenizer, decoders
 
@@ -45,10 +46,13 @@ class ImagePart:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` as the chat template knows it: system, user, assistant."""
+    """One turn. `role` as the chat template knows it: system, user, assistant, tool. `tool_calls` are the assistant's, each
+    {"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}; `tool_call_id` names the one answered."""
 
     role: str
     content: str | Sequence[TextPart | ImagePart]
+    tool_calls: Sequence[dict[str, Any]] = ()
+    tool_call_id: str | None = None
 
 
 def image_parts(messages: Sequence[Message]) -> list[ImagePart]:
@@ -86,18 +90,26 @@ class PromptRenderer:
         self._template_variables = {name: _token_text(config[name]) for name in _SPECIAL_TOKEN_NAMES if config.get(name)}
         source = _find_template(model_dir, config)
         self._template = None if source is None else _compile(source)
+        self._takes_tools = self._template is not None and "tools" in _variables_of(self._template, source)
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation, one placeholder per picture. Raises RequestError."""
+    def render_chat(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation, one placeholder per picture. `tools`: what the template shows of functions to call, each
+        {"type": "function", "function": {...}}. Raises RequestError."""
         if self._template is None:
             raise RequestError("this model has no chat template: send a plain prompt", param="messages")
-        turns = [self._turn(message) for message in messages]
+        if not self._takes_tools and (tools or any(message.role == "tool" or message.tool_calls for message in messages)):
+            message, param = "this model's chat template takes no tools", "tools" if tools else "messages"
+            raise RequestError(message, code="unsupported_parameter", param=param)
         try:
+            turns = [self._turn(message) for message in messages]
             variables = {**self._template_variables, "add_generation_prompt": add_generation_prompt}
-            text = self._template.render(messages=turns, tools=None, documents=None, **variables)
+            shown = [self._cover_all(tool) for tool in tools] or None
+            text = self._template.render(messages=turns, tools=shown, documents=None, **variables)
         except jinja2.TemplateError as error:
             raise RequestError(f"the model's chat template refuses these messages: {error.message}", param="messages") from None
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError):
             raise RequestError("the model's chat template cannot render these messages", param="messages") from None
         return self._encode(text)
 
@@ -136,13 +148,27 @@ class PromptRenderer:
     def _turn(self, message: Message) -> dict[str, Any]:
         if not _ROLE.fullmatch(message.role):
             raise RequestError("a message's role must be a short lower-case word", param="messages")
+        turn: dict[str, Any] = {"role": message.role}
         if isinstance(message.content, str):
-            return {"role": message.role, "content": self._shield.cover(message.content)}
-        parts = [
-            {"type": "text", "text": self._shield.cover(part.text)} if isinstance(part, TextPart) else {"type": "image"}
-            for part in message.content
-        ]
-        return {"role": message.role, "content": parts}
+            turn["content"] = self._shield.cover(message.content)
+        else:
+            turn["content"] = [
+                {"type": "text", "text": self._shield.cover(part.text)} if isinstance(part, TextPart) else {"type": "image"}
+                for part in message.content
+            ]
+        if message.tool_calls:
+            turn["tool_calls"] = [self._cover_all(call) for call in message.tool_calls]
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = self._shield.cover(message.tool_call_id)
+        return turn
+
+    def _cover_all(self, value: Any) -> Any:
+        """JSON with every text in it covered."""
+        if isinstance(value, str):
+            return self._shield.cover(value)
+        if isinstance(value, dict):
+            return {self._shield.cover(name): self._cover_all(each) for name, each in value.items()}
+        return [self._cover_all(each) for each in value] if isinstance(value, list) else value
 
     def _encode(self, text: str) -> list[int]:
         """Split at special tokens, encode what lies between as plain text. Raises ContextLengthError."""
@@ -261,6 +287,10 @@ def _compile(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"the model's chat template has an error in line {error.lineno}: {error.message}") from None
+
+
+def _variables_of(template: jinja2.Template, source: str | None) -> set[str]:
+    return jinja2.meta.find_undeclared_variables(template.environment.parse(source or ""))
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -148,7 +148,7 @@ class InputBatch:
         self._num_tokens[row] = len(data.token_ids)
         self._num_prompt[row] = data.num_prompt_tokens
         self._position_delta[row] = positions.delta
-        self._sampling.set(row, data.sampling_params, data.num_prompt_tokens, seed)
+        self._sampling.set(row, data.sampling_params, data.num_prompt_tokens, seed, data.eos_token_ids)
 
     def update(self, cached: CachedRequestData) -> None:
         for request_id, block_ids in zip(cached.request_ids, cached.new_block_ids, strict=True):
@@ -227,6 +227,8 @@ class InputBatch:
             prompt = states[i].positions.prompt[:, first : first + int(query_lens[i])]
             positions[:, start : start + prompt.shape[1]] = prompt
 
-    def sampling_batch(self, rows: np.ndarray) -> SamplingBatch:
-        """The parameters of the requests at `rows`, for the token that `prepare` has just counted as known."""
-        return self._sampling.select(rows, self._num_tokens[rows] - 1)
+    def sampling_batch(self, inputs: StepInputs, token_masks: dict[str, bytes]) -> SamplingBatch:
+        """The parameters of the requests that sample, for the token that `prepare` has just counted as known."""
+        rows = inputs.sampling_rows
+        masks = [token_masks.get(request_id) for request_id in inputs.sampling_ids] if token_masks else None
+        return self._sampling.select(rows, self._num_tokens[rows] - 1, masks)

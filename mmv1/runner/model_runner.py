@@ -135,17 +135,19 @@ class ModelRunner:
         if not inputs.sampling_ids:
             self._clock.lap({"prefill": 1.0})
             return PendingOutput(step.step_id, self._platform, self._clock)
-        sampled, params = self._sample(hidden, inputs)
+        sampled, params = self._sample(hidden, inputs, step.token_masks)
         num_decoded = int((inputs.query_lens == 1).sum())  # all but a last token of a prompt that comes alone
         share = num_decoded / step.total_num_scheduled_tokens
         self._clock.lap({"prefill": 1.0 - share, "decode": share})
         return PendingOutput(step.step_id, self._platform, self._clock, inputs.sampling_ids, sampled, params.logprobs)
 
-    def _sample(self, hidden: torch.Tensor, inputs: StepInputs) -> tuple[SamplerOutput, SamplingBatch]:
+    def _sample(
+        self, hidden: torch.Tensor, inputs: StepInputs, token_masks: dict[str, bytes]
+    ) -> tuple[SamplerOutput, SamplingBatch]:
         last_tokens, places = self._platform.upload_together(inputs.sampling_tokens, inputs.sampled_places)
         if len(inputs.sampling_tokens) < inputs.num_tokens:
             hidden = hidden.index_select(0, last_tokens)
-        params = self._batch.sampling_batch(inputs.sampling_rows)
+        params = self._batch.sampling_batch(inputs, token_masks)
         token_ids = self._batch.token_ids
         sampled = self._sampler(self._model.compute_logits(hidden), params, token_ids.tensor)
         token_ids.flat.index_copy_(0, places, sampled.token_ids.int())

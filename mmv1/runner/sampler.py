@@ -1,8 +1,9 @@
 """Choosing the next token of every request in a batch, each by its own parameters, without reading the device back.
 
-Order and meanings are vLLM's: penalties, temperature, min_p, top_k, top_p, then a draw. The draw is Gumbel-max (argmax of the
-logits plus Gumbel noise is a sample of their softmax), and the noise is a function of (the request's seed, the number of tokens
-generated so far, the token id): no generator state, the same draw whatever else is in the batch.
+Order and meanings are vLLM's: biases, bans and masks (token_rules.py), penalties, temperature, min_p, top_k, top_p, then a draw.
+The draw is Gumbel-max (argmax of the logits plus Gumbel noise is a sample of their softmax), and the noise is a function of (the
+request's seed, the number of tokens generated so far, the token id): no generator state, the same draw whatever else is in the
+batch.
 
 Where fused kernels run, requests that ask for a temperature at most are served by one, in a pass over the logits as they are; the
 others of the batch go through torch, as all do elsewhere.
@@ -19,6 +20,7 @@ import torch
 from mmv1.kernels import uses_fused
 from mmv1.runner.platform import Platform
 from mmv1.runner.sampling_columns import SamplingBatch
+from mmv1.runner.token_rules import apply_masks, apply_token_rules
 
 _GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment and multipliers (Steele, Lea and Flood, 2014)
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -80,7 +82,9 @@ class Sampler:
 
     def _choose(self, logits: torch.Tensor, batch: SamplingBatch, token_ids: torch.Tensor) -> SamplerOutput:
         raw = logits.float()
-        scores = self._penalize(raw, batch, token_ids)
+        scores = apply_token_rules(raw, batch, token_ids, self._platform)
+        scores = apply_masks(scores, batch, self._platform)
+        scores = self._penalize(scores, batch, token_ids)
         random = np.flatnonzero(batch.temperature > 0)
         if len(random) == len(batch.rows):
             sampled = self._draw(scores, batch, random)

@@ -6,7 +6,8 @@ batches, prefix hits and pictures are all this one rule, clipped (see clip.py) w
 Pictures are encoded beside the steps, by batches of their own (see encoding.py).
 
 Steps are scheduled before the results of earlier ones are known. A token that a step in flight will sample counts as expected;
-its id is on the device when the next step needs it. Results are applied in order by `update`.
+its id is on the device when the next step needs it. A request that follows a grammar is the exception: what may come next
+depends on its newest token, so it sits out the steps until that is known. Results are applied in order by `update`.
 
 Preemption is "finish and start again with the prefix cache". What this module does not know: tensors, sockets, time.
 """
@@ -19,7 +20,7 @@ from itertools import chain
 
 from mmv1.encoder_cache.manager import EncoderCacheManager
 from mmv1.kv.manager import KVCacheManager
-from mmv1.request import Request, RequestStatus
+from mmv1.request import Request, RequestStatus, TokenMatcher
 from mmv1.scheduler.clip import Clip, clip_chunk
 from mmv1.scheduler.encoding import MAX_PICTURES_AHEAD, EncodeScheduler
 from mmv1.scheduler.pixels import PixelLedger
@@ -76,10 +77,11 @@ class Scheduler:
 
     # ---- requests come and go -------------------------------------------------------------------------------------------
 
-    def add_request(self, core_request: EngineCoreRequest) -> None:
+    def add_request(self, core_request: EngineCoreRequest, grammar: TokenMatcher | None = None) -> None:
+        """`grammar`: what the answer must follow, at its beginning."""
         self._num_arrivals += 1
         key = (core_request.priority, self._num_arrivals) if self._by_priority else (self._num_arrivals,)
-        request = Request(core_request, key)
+        request = Request(core_request, key, grammar)
         self.requests[request.request_id] = request
         insort(self.waiting, request, key=_arrival_key)
         if request.mm_features:
@@ -209,6 +211,8 @@ class Scheduler:
             num_new = expected - computed
             if num_new <= 0 or expected >= request.max_total_tokens:
                 continue  # nothing to compute, or its last token is on its way
+            if expected > request.num_tokens and request.grammar is not None:
+                continue  # what may follow the token in flight is known when that is
             if num_new > budget:
                 num_new = budget
             clip: Clip | None = None
@@ -239,8 +243,14 @@ class Scheduler:
                 self.stats.num_prompt_tokens_computed += min(num_new, request.num_prompt_tokens - computed)
             request.num_computed_tokens = computed = computed + num_new
             if computed == expected:
-                request.num_tokens_expected = expected + 1
+                self._expect_token(step, request)
         return budget, preempted
+
+    def _expect_token(self, step: SchedulerOutput, request: Request) -> None:
+        """The step samples for the request."""
+        request.num_tokens_expected += 1
+        if request.grammar is not None:
+            step.token_masks[request.request_id] = request.grammar.mask()
 
     def _tell_blocks(self, step: SchedulerOutput, request: Request, new_block_ids: list[int]) -> None:
         if request.request_id in self._unknown_ids:
@@ -308,7 +318,7 @@ class Scheduler:
             self.stats.num_prompt_tokens_computed += max(0, min(num_new, request.num_prompt_tokens - computed))
             request.num_computed_tokens = computed + num_new
             if request.num_computed_tokens == request.num_tokens_expected:
-                request.num_tokens_expected += 1
+                self._expect_token(step, request)
             admitted.append(request)
         for request in admitted:
             request.status = RequestStatus.RUNNING
@@ -370,6 +380,9 @@ class Scheduler:
             request = requests.get(request_id)
             if request is None:
                 continue
+            if request.grammar is not None and not request.grammar.advance(token_id):
+                self._fail(request, f"the answer cannot go on: {request.grammar.error}", "grammar_failed")
+                continue
             output = EngineCoreOutput(request_id, [token_id])
             reason = request.append(token_id)
             if logprobs is not None and request_id in logprobs:
@@ -430,4 +443,5 @@ def _describe(request: Request, block_ids: list[int]) -> NewRequestData:
         sampling_params=request.sampling_params,
         block_ids=block_ids,
         num_computed_tokens=request.num_computed_tokens,
+        eos_token_ids=request.eos_token_ids,
     )

@@ -13,7 +13,7 @@ import httpx
 from mmv1.api.server import create_app
 from mmv1.config import EngineArgs, resolve
 from mmv1.engine.output_processor import CompletionOutput, PositionLogprobs, RequestOutput, TokenLogprob
-from mmv1.errors import EngineDeadError
+from mmv1.errors import EngineDeadError, ShuttingDownError
 from mmv1.preprocess.preprocessor import PreprocessStats
 from mmv1.preprocess.prompt import Message
 from mmv1.preprocess.timings import StageTimings
@@ -83,6 +83,11 @@ class FakeLLM:
             top = [TokenLogprob(k, f"t{k}", b"t%d" % k, -float(k)) for k in range(params.logprobs)]
             logprobs = [PositionLogprobs(TokenLogprob(i, piece, piece.encode(), -0.5), 1, top)]
         return CompletionOutput(index, piece, [i], logprobs, self.finish_reason if last else None, None)
+
+    def end_requests(self) -> None:
+        """As AsyncLLM's: what waits in `pause_before` ends with an error."""
+        self.fail_before, self.error = self.pause_before, ShuttingDownError("the server is shutting down")
+        self.resume.set()
 
     async def check_health(self) -> None:
         if not self.is_ready:

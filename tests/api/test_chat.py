@@ -10,9 +10,10 @@ import pytest
 
 from mmv1.api.chat import SamplingDefaults, to_conversation, to_sampling_params
 from mmv1.api.protocol import decode_chat_request
-from mmv1.errors import ConfigError, ContextLengthError, EngineDeadError, EngineError, ImageError
+from mmv1.errors import ConfigError, ContextLengthError, EngineDeadError, EngineError, ImageError, RequestError
 from mmv1.preprocess.image_settings import ImageSettings
 from mmv1.preprocess.prompt import ImagePart, Message, TextPart
+from mmv1.types import StructuredOutputs
 from tests.api.fake_llm import PIECES, FakeLLM, body, client_of, make_model_dir
 
 TEXT = "".join(PIECES)
@@ -48,7 +49,7 @@ def test_messages_become_a_conversation() -> None:
     )
     place = "messages[1].content[1].image_url"
     settings = ImageSettings(min_param=f"{place}.min_pixels", max_param=f"{place}.max_pixels")
-    assert to_conversation(request) == [
+    assert to_conversation(request.messages) == [
         Message("system", "be brief"),
         Message("user", [TextPart("a"), ImagePart("data:,x", settings)]),
         Message("assistant", "b"),
@@ -62,7 +63,7 @@ def test_what_is_said_of_a_picture_goes_with_it() -> None:
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x", **each}} for each in said]}
         ]
     )
-    (message,) = to_conversation(request)
+    (message,) = to_conversation(request.messages)
     settings = [part.settings for part in message.content]
     assert [(s.detail, s.min_pixels, s.max_pixels) for s in settings] == [("low", None, None), (None, 5, 9), ("high", None, None)]
     assert settings[2].max_param == "messages[0].content[2].image_url.max_pixels"
@@ -88,13 +89,42 @@ def test_every_parameter_reaches_the_engine() -> None:
     given = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 7, "stop_token_ids": [4], "n": 2, "ignore_eos": True,
         "presence_penalty": 0.1, "frequency_penalty": -0.2, "repetition_penalty": 1.1, "skip_special_tokens": False,
-        "include_stop_str_in_output": True,
+        "include_stop_str_in_output": True, "min_tokens": 2, "logit_bias": {"7": -3.5}, "bad_words": ["no"],
+        "guided_choice": ["a"], "allowed_token_ids": [1, 2],
     }  # fmt: skip
     request = request_of(**given, max_tokens=9, max_completion_tokens=8, stop="x", logprobs=True, top_logprobs=3)
     params = to_sampling_params(request, SamplingDefaults(), 100)
-    given["stop_token_ids"] = (4,)
+    del given["guided_choice"]
+    given |= {"stop_token_ids": (4,), "logit_bias": {7: -3.5}, "bad_words": ("no",), "allowed_token_ids": (1, 2)}
     assert {name: getattr(params, name) for name in given} == given
     assert (params.max_tokens, params.stop, params.logprobs) == (8, ("x",), 3)
+    assert params.structured_outputs == StructuredOutputs(choice=("a",), param="guided_choice")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, StructuredOutputs(json_object=True, param="response_format")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"a": 1}, "strict": True}}},
+            StructuredOutputs(json={"a": 1}, param="response_format"),
+        ),
+        ({"structured_outputs": {"json": '{"a": 1}'}}, StructuredOutputs(json='{"a": 1}')),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, StructuredOutputs(choice=("a", "b"))),
+        ({"structured_outputs": {"json_object": True}}, StructuredOutputs(json_object=True)),
+        ({"guided_json": {"a": 1}}, StructuredOutputs(json={"a": 1}, param="guided_json")),
+        ({"guided_regex": "a"}, StructuredOutputs(regex="a", param="guided_regex")),
+        ({"guided_grammar": "a"}, StructuredOutputs(grammar="a", param="guided_grammar")),
+    ],
+)
+def test_every_spelling_of_an_answers_form(said: dict[str, object], meant: StructuredOutputs | None) -> None:
+    assert to_sampling_params(request_of(**said), SamplingDefaults(), 100).structured_outputs == meant
+
+
+def test_two_forms_do_not_go_together() -> None:
+    with pytest.raises(RequestError, match="guided_json and guided_regex do not go together"):
+        to_sampling_params(request_of(guided_json={}, guided_regex="a"), SamplingDefaults(), 100)
 
 
 def test_defaults_are_the_models_then_openais(tmp_path: Path) -> None:

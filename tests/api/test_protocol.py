@@ -19,6 +19,7 @@ NOT_AN_INT = ["1", True, 1.5, [1], {}]
 NOT_A_NUMBER = ["1", True, [1], {}]
 NOT_A_BOOL = ["yes", 1, 0, [True], {}]
 
+A_TOOLBOX = [{"type": "function", "function": {"name": "f"}}]
 BAD = {
     "model": [*NOT_A_STRING, None, ""],
     "messages": ["hi", 1, {}, None, []],
@@ -44,6 +45,19 @@ BAD = {
     "cache_salt": [*NOT_A_STRING, "", "x" * 257],
     "skip_special_tokens": NOT_A_BOOL,
     "include_stop_str_in_output": NOT_A_BOOL,
+    "min_tokens": [*NOT_AN_INT, -1, 2**31],
+    "logit_bias": [1, [], {"x": 1}, {"-1": 1}, {"1": 101}, {"1": -100.5}, {"1": "2"}],
+    "bad_words": ["x", [1], [""], [" "], ["x" * 257], ["a"] * 129],
+    "allowed_token_ids": [1, [], ["1"], [-1], [1.5], [2**31]],
+    "response_format": [
+        *("text", 1, {"type": "xml"}, {"type": "json_schema", "json_schema": "x"}),
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}},
+    ],
+    "structured_outputs": [1, "x", {"json": 1}, {"regex": ""}, {"choice": []}, {"choice": "a"}, {"json_object": False}],
+    "guided_json": [1, [], ""],
+    "guided_regex": [*NOT_A_STRING, ""],
+    "guided_choice": ["a", [], [1], [""]],
+    "guided_grammar": [*NOT_A_STRING, ""],
     "mm_processor_kwargs": [
         *("x", 1, [], True),
         *({name: value} for name in ("min_pixels", "max_pixels") for value in [*NOT_AN_INT, 0, -1, 2**63, 10**40]),
@@ -59,42 +73,38 @@ BAD = {
     "store": NOT_A_BOOL,
     "metadata": ["x", 1, [], {"a": 1}],
     "parallel_tool_calls": NOT_A_BOOL,
-}
+    "tools": ["x", 1, {}, ["x"], [{"type": "f", "function": {"name": "f"}}], A_TOOLBOX * 129,
+              [{"type": "function", "function": {"name": "a b"}}],
+              [{"type": "function", "function": {"name": "f", "parameters": 1}}]],
+    "tool_choice": [1, "some", [], {"type": "f", "function": {"name": "f"}},
+                    "required", {"type": "function", "function": {"name": "f"}}],  # the last two: without tools
+    "reasoning_effort": NOT_A_STRING,
+    "verbosity": NOT_A_STRING,
+}  # fmt: skip
+NEVER_WRONG = {"prediction"}
 UNSUPPORTED = {
-    "tools": [[{"type": "function"}], "x"],
-    "tool_choice": ["auto", "required", {"type": "function"}],
     "functions": [[{"name": "f"}]],
     "function_call": ["auto"],
-    "response_format": [{"type": "json_object"}, "text"],
-    "logit_bias": [{"1": 2}],
     "modalities": [["text", "audio"]],
     "audio": [{"voice": "x"}],
-    "prediction": [{"type": "content"}],
-    "reasoning_effort": ["low"],
-    "verbosity": ["low"],
     "web_search_options": [{}],
     "moderation": [{}],
     "best_of": [2, True],
-    "min_tokens": [1, False],
     "echo": [True],
-    "bad_words": [["x"]],
-    "allowed_token_ids": [[1]],
     "prompt_logprobs": [1],
     "length_penalty": [1.1],
     "use_beam_search": [True],
-    "structured_outputs": [{}],
-    "guided_json": [{}],
-    "guided_regex": ["a"],
-    "guided_choice": [["a"]],
-    "guided_grammar": ["a"],
     "chat_template": ["x"],
     "chat_template_kwargs": [{"a": 1}],
     "add_generation_prompt": [False],
     "continue_final_message": [True],
 }
 HARMLESS = {
-    "tools": [],
+    "tools": A_TOOLBOX,
     "tool_choice": "none",
+    "reasoning_effort": "low",
+    "verbosity": "low",
+    "prediction": {"type": "content", "content": "x"},
     "response_format": {"type": "text"},
     "logit_bias": {},
     "modalities": ["text"],
@@ -122,19 +132,31 @@ def user_shows(**image_url: object) -> list[object]:
     return user_says({"type": "image_url", "image_url": image_url})
 
 
+def calls(**function: object) -> list[object]:
+    return [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}", **function}}]
+
+
+CALLS = calls()
 BAD_MESSAGES = [
     ("messages[0]", ["hi"], "invalid_type"),
     ("messages[0].role", [{"role": "robot", "content": "x"}], "invalid_value"),
     ("messages[0].role", [{"role": 1, "content": "x"}], "invalid_type"),
     ("messages[0].role", [{"content": "x"}], "missing_required_parameter"),
     ("messages[0].content", [{"role": "user"}], "missing_required_parameter"),
-    ("messages[0].content", [{"role": "user", "content": None}], "invalid_type"),
+    ("messages[0].content", [{"role": "user", "content": None}], "missing_required_parameter"),
     ("messages[0].content", [{"role": "user", "content": 5}], "invalid_type"),
     ("messages[0].content", [{"role": "user", "content": []}], "invalid_value"),
     ("messages[0].content", user_says(*[{"type": "text", "text": "x"}] * 257), "invalid_value"),
     ("messages[0].surprise", [{"role": "user", "content": "x", "surprise": 1}], "unknown_parameter"),
     ("messages[0].name", [{"role": "user", "content": "x", "name": 1}], "invalid_type"),
-    ("messages[0].tool_calls", [{"role": "assistant", "content": "x", "tool_calls": [{}]}], "unsupported_parameter"),
+    ("messages[0].tool_calls[0].function", [{"role": "assistant", "tool_calls": [{}]}], "missing_required_parameter"),
+    ("messages[0].tool_calls", [{"role": "user", "content": "x", "tool_calls": CALLS}], "invalid_value"),
+    ("messages[0].tool_calls[0].function.name", [{"role": "assistant", "tool_calls": calls(name="")}], "invalid_value"),
+    ("messages[0].tool_calls[0].function.arguments", [{"role": "assistant", "tool_calls": calls(arguments={})}], "invalid_type"),
+    ("messages[0].content", [{"role": "tool", "tool_call_id": "1"}], "missing_required_parameter"),
+    ("messages[0].content", [{"role": "assistant", "tool_calls": []}], "missing_required_parameter"),
+    ("messages[0].tool_call_id", [{"role": "tool", "content": "x", "tool_call_id": 1}], "invalid_type"),
+    ("messages[0].audio", [{"role": "assistant", "content": "x", "audio": {"id": "1"}}], "unsupported_parameter"),
     ("messages[0].content[0]", user_says("text"), "invalid_type"),
     ("messages[0].content[0].type", user_says({"text": "x"}), "missing_required_parameter"),
     ("messages[0].content[0].type", user_says({"type": "input_audio"}), "invalid_value"),
@@ -165,7 +187,7 @@ def refused(raw: bytes) -> RequestError:
 
 
 def test_every_field_is_tried() -> None:
-    assert set(BAD) | set(UNSUPPORTED) == set(ChatCompletionRequest.__struct_fields__)
+    assert set(BAD) | set(UNSUPPORTED) | NEVER_WRONG == set(ChatCompletionRequest.__struct_fields__)
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
@@ -247,7 +269,7 @@ NOT_JSON = [
     GOOD.encode() + b" x",
     GOOD.encode().replace(b"}]", b"}],\"temperature\": NaN"),
     GOOD.encode().replace(b"}]", b"}],\"temperature\": Infinity"),
-    GOOD.encode().replace(b"}]", b"}],\"tools\": " + b"[" * 100_000 + b"]" * 100_000),
+    GOOD.encode().replace(b"}]", b"}],\"audio\": " + b"[" * 100_000 + b"]" * 100_000),
 ]
 
 
@@ -310,3 +332,23 @@ def test_a_body_past_the_limit_is_refused(llm: FakeLLM) -> None:
             assert reply.json()["error"]["code"] == "request_too_large"
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["video_url", "input_audio", "audio_url", "file", "image"])
+def test_other_parts_are_refused_in_words(kind: str) -> None:
+    error = refused(json.dumps(body(messages=user_says({"type": kind, kind: {"url": "x"}}))).encode())
+    assert error.param == "messages[0].content[0].type"
+    assert f"{kind} parts are not supported by this server" in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": A_TOOLBOX, "tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
+    ],
+)
+def test_a_tool_without_a_name_is_refused(fields: dict[str, object], param: str) -> None:
+    error = refused(json.dumps(body(**fields)).encode())
+    assert (error.param, error.code) == (param, "missing_required_parameter")

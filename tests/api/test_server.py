@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from mmv1.api.server import serve
+from mmv1.api.settings import ServerSettings
 from mmv1.errors import ImageError
 from tests.api.fake_llm import MODEL, PIECES, FakeLLM, body, client_of
 
@@ -45,11 +46,11 @@ async def until(condition: Callable[[], bool], seconds: float = 10) -> float:
 
 
 @contextlib.asynccontextmanager
-async def served(llm: FakeLLM) -> AsyncIterator[Running]:
+async def served(llm: FakeLLM, settings: ServerSettings | None = None) -> AsyncIterator[Running]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = Running(asyncio.ensure_future(serve(llm, listener)), port)
+    server = Running(asyncio.ensure_future(serve(llm, listener, settings=settings or ServerSettings())), port)
     try:
         async with httpx.AsyncClient() as client:
             for _ in range(1000):

@@ -131,7 +131,7 @@ def test_pictures_stay_bytes_in_this_process_and_are_urls_for_a_server(llm: Fake
         data = make_image(40, 30, format=file_format)
         ask(LocalBackend(llm), about(Picture(data), detail="low"))  # type: ignore[arg-type]
         ask(server_of(llm), about(Picture(data), detail="low"))
-        (local, *_), (remote, *_) = (messages[0].content for messages, _, _ in llm.asked[-2:])
+        (local, *_), (remote, *_) = (prompt.messages[0].content for prompt, _, _ in llm.asked[-2:])
         assert isinstance(local, ImagePart) and isinstance(remote, ImagePart)
         assert local.source == data and local.settings == remote.settings
         assert str(remote.source).startswith(f"data:{media_type};base64,")
@@ -140,7 +140,7 @@ def test_pictures_stay_bytes_in_this_process_and_are_urls_for_a_server(llm: Fake
 @pytest.mark.parametrize("url", ["picture:0", "/etc/hostname", "file:///etc/hostname", "bytes"])
 def test_no_word_of_a_request_becomes_bytes_or_a_path(url: str, llm: FakeLLM) -> None:
     ask(LocalBackend(llm), about(url))  # type: ignore[arg-type]
-    part = llm.asked[-1][0][0].content[0]
+    part = llm.asked[-1][0].messages[0].content[0]
     assert isinstance(part, ImagePart) and part.source == url and type(part.source) is str
 
 

@@ -57,12 +57,12 @@ def prompt_of(body: dict[str, Any]) -> str:
     return text
 
 
-def test_schema_goes_into_the_prompt_and_the_answer_is_an_object(captioning: Captioning) -> None:
+def test_the_schema_is_the_form_of_the_answer_which_is_an_object(captioning: Captioning) -> None:
     use_schema()
     captioning.backend.answer_texts = lambda body, picture: [f"```json\n{json.dumps(GOOD)}\n```"]
     assert captioning("p", "--schema", "s.json") == 0
     (body,) = captioning.backend.bodies
-    assert json.dumps(SCHEMA) in prompt_of(body) and "response_format" not in body
+    assert body["response_format"]["json_schema"]["schema"] == SCHEMA and "schema" not in prompt_of(body)
     assert rows(Path("p/captions.jsonl"))[0]["caption"] == GOOD
     assert json.loads(sidecars(Path("p"), ".json")["000"]) == GOOD  # the settings' file is no sidecar of a picture
     assert captioning("p", "--schema", "s.json", "--output", "a.parquet") == 0

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
+from mmv1.api.settings import ServerSettings
 from mmv1.cli import serve
+from mmv1.cli.main import make_parser
 from mmv1.config import EngineArgs
+from mmv1.errors import ConfigError
 from tests.api.fake_llm import make_model_dir
 from tests.cli.command import assert_one_sentence, mmv1
 from tests.integration.server import serving
@@ -23,6 +27,13 @@ from tests.integration.server import serving
         (["--port", "99999"], ["port 99999: no such port", "--port"]),
         (["--limit-mm-per-prompt", '{"image": true}'], ["--limit-mm-per-prompt", "True"]),
         (["--limit-mm-per-prompt", '{"image": -1}'], ["--limit-mm-per-prompt", "-1"]),
+        (["--allowed-origins", "https://example.org"], ["--allowed-origins", "not a JSON list of strings"]),
+        (["--allowed-methods", '{"GET": 1}'], ["--allowed-methods", "not a JSON list of strings"]),
+        (["--root-path", "gate"], ["--root-path gate must start with a /"]),
+        (["--max-queued-requests-per-key", "2"], ["--api-key", "MMV1_API_KEY"]),
+        (["--ssl-certfile", "/no/cert.pem"], ["--ssl-keyfile"]),
+        (["--ssl-certfile", "/no/cert.pem", "--ssl-keyfile", "/no/key.pem"], ["--ssl-certfile", "No such file"]),
+        (["--ssl-certfile", __file__, "--ssl-keyfile", __file__], ["--ssl-certfile", "cannot be used"]),
         (["--mm-processor-kwargs", '{"do_resize": false}'], ["--mm-processor-kwargs", "do_resize"]),
     ],
 )
@@ -39,6 +50,41 @@ def test_the_log_says_which_settings_are_not_the_defaults(caplog: pytest.LogCapt
         serve._log_settings(EngineArgs())
         serve._log_settings(EngineArgs(model="m", max_num_seqs=4, redis_url="redis://user:secret@host"))
     assert caplog.messages == ["Non-default settings: none", "Non-default settings: model='m', max_num_seqs=4, redis_url='...'"]
+
+
+def settings_of(*argv: str) -> ServerSettings:
+    parser, _ = make_parser(["serve", *argv])
+    return serve.server_settings(parser.parse_args(["serve", *argv]))
+
+
+def test_unasked_everything_is_as_the_settings_say() -> None:
+    assert settings_of() == ServerSettings()
+
+
+def test_keys_come_from_the_command_line_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMV1_API_KEY", "three  four")
+    assert settings_of("--api-key", "one", "two").api_keys == ("one", "two")
+    assert "MMV1_API_KEY" not in os.environ  # and so in no process that decodes pictures
+    monkeypatch.setenv("MMV1_API_KEY", "three  four")
+    assert settings_of().api_keys == ("three", "four")
+    assert settings_of().api_keys == ()
+
+
+def test_a_file_says_the_same_as_flags(tmp_path: Path) -> None:
+    flags = [
+        *("--api-key", "one", "two", "--allowed-origins", '["https://a.example", "*"]', "--allow-credentials"),
+        *("--max-queued-requests", "7", "--shutdown-timeout", "2.5", "--root-path", "/gate", "--allowed-methods", '["GET"]'),
+    ]
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        'api-key: [one, two]\nallowed-origins: ["https://a.example", "*"]\nallow-credentials: true\nmax-queued-requests: 7\n'
+        "shutdown-timeout: 2.5\nroot-path: /gate\nallowed-methods: '[\"GET\"]'\n"
+    )
+    assert settings_of("--config", str(file)) == settings_of(*flags)
+    assert settings_of(*flags).allowed_origins == ("https://a.example", "*")
+    file.write_text("allowed-origins: [1]\n")
+    with pytest.raises(ConfigError, match="allowed-origins"):
+        settings_of("--config", str(file))
 
 
 @pytest.mark.slow

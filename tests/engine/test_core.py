@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from mmv1.engine.core import EngineCore
 from mmv1.engine.executor import UniProcExecutor
 from mmv1.kv.block_hash import BlockHasher
 from mmv1.kv.manager import KVCacheManager
+from mmv1.scheduler.grammar import Grammars
 from mmv1.scheduler.pixels import PixelLedger
 from mmv1.scheduler.scheduler import Scheduler
 from mmv1.step import EncodeBatch, ModelRunnerOutput, SchedulerOutput
@@ -37,6 +39,7 @@ from mmv1.types import (
 from tests.simulation import Encoding, Executed, SimulatedWorker, expected_output, make_prompt, make_request
 
 DEADLINE_S = 20.0
+NO_GRAMMARS = Grammars(Path("there is no model"), 50, [])
 
 
 def make_scheduler(num_blocks: int = 256) -> Scheduler:
@@ -73,7 +76,7 @@ class Client:
     def __init__(self, worker: SimulatedWorker, *, answer_pixels: bool = True) -> None:
         self.worker = worker
         self.news: queue.SimpleQueue[EngineCoreOutputs] = queue.SimpleQueue()
-        self.core = EngineCore(make_scheduler(), UniProcExecutor(worker), self._take)
+        self.core = EngineCore(make_scheduler(), UniProcExecutor(worker), self._take, grammars=NO_GRAMMARS)
         self.answer_pixels = answer_pixels
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
@@ -211,7 +214,7 @@ def test_decoding_goes_on_while_pictures_are_encoded_and_their_end_wakes_the_loo
 
 
 def test_encode_batches_go_before_a_step_and_are_looked_for_again_behind_it() -> None:
-    core = EngineCore(make_scheduler(), UniProcExecutor(SimulatedWorker(256, 4, 64)), lambda news: None)
+    core = EngineCore(make_scheduler(), UniProcExecutor(SimulatedWorker(256, 4, 64)), lambda news: None, grammars=NO_GRAMMARS)
     asked: list[str] = []
     core.scheduler.schedule = lambda: asked.append("step")  # type: ignore[method-assign, assignment, func-returns-value, return-value]
     core.scheduler.schedule_encode = lambda: asked.append("encode")  # type: ignore[method-assign, assignment, func-returns-value, return-value]
@@ -279,7 +282,7 @@ def test_a_batch_that_fails_ends_the_loop_with_its_error(where: str) -> None:
         for request in news.pixel_requests:
             core.post(FeatureReady(request.mm_hash, request.ticket, 0, 1))
 
-    core = EngineCore(make_scheduler(), UniProcExecutor(Broken(256, 4, 64)), answer)
+    core = EngineCore(make_scheduler(), UniProcExecutor(Broken(256, 4, 64)), answer, grammars=NO_GRAMMARS)
     core.post(picture_request("r", b"c" * 32))
     with pytest.raises(RuntimeError, match="the device is lost"):
         core.run()
@@ -376,7 +379,7 @@ def test_a_step_that_fails_ends_the_loop_with_its_error() -> None:
         def execute(self, step: SchedulerOutput) -> Executed:
             raise RuntimeError("the device is lost")
 
-    core = EngineCore(make_scheduler(), UniProcExecutor(Broken(256, 4, 64)), lambda news: None)
+    core = EngineCore(make_scheduler(), UniProcExecutor(Broken(256, 4, 64)), lambda news: None, grammars=NO_GRAMMARS)
     core.post(make_request("r", [1, 2, 3]))
     with pytest.raises(RuntimeError, match="the device is lost"):
         core.run()
@@ -391,7 +394,7 @@ def test_none_of_it_imports_torch() -> None:
 
 
 def test_a_core_that_can_no_longer_be_reached_ends() -> None:
-    core = EngineCore(make_scheduler(), UniProcExecutor(SimulatedWorker(256, 4, 64)), lambda news: None)
+    core = EngineCore(make_scheduler(), UniProcExecutor(SimulatedWorker(256, 4, 64)), lambda news: None, grammars=NO_GRAMMARS)
     core.fail(ValueError("the input thread ended"))
     with pytest.raises(ValueError, match="the input thread ended"):
         core.run()

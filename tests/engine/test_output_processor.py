@@ -164,6 +164,14 @@ def test_a_stop_string_aborts_the_core_request_and_later_news_is_ignored() -> No
     assert len(client.deltas) == 1
 
 
+def test_stop_strings_are_not_looked_for_in_the_first_min_tokens() -> None:
+    client = Client(stop=("a",), min_tokens=3)
+    client.send(byte_ids("aab"))
+    client.send(byte_ids("cad"))
+    assert "".join(delta.output.text for delta in client.deltas) == "aabc"
+    assert client.deltas[-1].output.stop_reason == "a"
+
+
 def test_a_stop_string_found_with_the_last_tokens_aborts_nothing() -> None:
     client = Client(stop=("o",))
     assert client.send(byte_ids("no"), FinishReason.LENGTH) == []

@@ -111,3 +111,22 @@ def test_nothing_survives_a_server_that_is_killed(own_server: Server) -> None:
         wait_until(lambda: not any(map(process_exists, server.started)), 5, "engine and pool are gone")
         assert not any(path.exists() for path in socket_dirs)
         assert isinstance(answer.exception(5), httpx.TransportError)
+
+
+def test_what_a_server_cannot_finish_in_its_time_ends_with_a_word(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """And until then whoever comes is sent elsewhere."""
+    with serving(tiny_model_dir, tmp_path, "--shutdown-timeout", "1.5") as server:
+        with ThreadPoolExecutor(2) as threads:
+            whole, events = threads.submit(server.post, endless()), threads.submit(server.post, endless(stream=True))
+            wait_until(lambda: server.metrics()["num_requests_running"] == 2, 10, "both run")
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: not server.is_healthy(), 5, "/health says that it ends")
+            turned_away = server.post(body("Hello"))
+            assert (turned_away.status_code, turned_away.json()["error"]["code"]) == (503, "shutting_down")
+            assert not (whole.done() or events.done())
+            assert (whole.result(10).status_code, whole.result().json()["error"]["code"]) == (503, "shutting_down")
+            *_, last = [line for line in events.result(10).text.splitlines() if line]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert server.process.wait(15) == 0
+        assert "Traceback" not in server.log
+        wait_until(lambda: not any(map(process_exists, server.started)), 5, "nothing stays behind")

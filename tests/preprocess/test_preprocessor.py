@@ -231,6 +231,23 @@ def test_one_decode_for_many_requests(harness):
     assert harness.pre.stats().encoded_bytes == 0
 
 
+def test_scopes_share_no_picture(harness):
+    """One file in a conversation and in a raw prompt, of two tenants and of none: one name for each scope."""
+    before = harness.pre.stats()
+    encoded, scopes = make_image(64, 64, seed=65), (b"", b"one", b"two")
+    names = [harness.prepare(encoded, tenant_scope=scope).mm_features[0].mm_hash for scope in scopes]
+    raw = "<|vision_start|><|image_pad|><|vision_end|>"
+    for number, scope in enumerate(scopes):
+        prepared = harness.run(harness.pre.prepare_prompt(f"raw{number}", raw, [encoded], tenant_scope=scope))
+        assert prepared.mm_features[0].mm_hash == names[number]
+    assert len(set(names)) == 3
+    for name in names:
+        harness.request(name)
+    harness.answers(3)
+    assert harness.pre.stats().num_decodes - before.num_decodes == 3
+    assert harness.pre.stats().num_slab_hits == before.num_slab_hits
+
+
 def test_a_new_ticket_for_pixels_held_is_answered_and_pins_once(harness):
     feature = harness.prepare(make_image(302, 200)).mm_features[0]
     harness.request(feature.mm_hash, ticket=5)

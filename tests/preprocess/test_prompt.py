@@ -10,6 +10,7 @@ from PIL import Image
 
 from mmv1.errors import ConfigError, ContextLengthError, RequestError
 from mmv1.preprocess.prompt import ImagePart, Message, PromptRenderer, TextPart, image_parts
+from tests.tool_model import WEATHER, make_tool_model
 
 TEXTS = [
     "Describe this image.", "", " ", "\n", "  two  spaces ", "naïve café 図像 画像 Привет 😀", "e\u0301 NFC", "a\n\n b\r\n\tc",
@@ -273,3 +274,75 @@ def test_broken_model_directories(tmp_path, tiny_model_dir, ids):
     (model / "chat_template.jinja").unlink()
     with pytest.raises(RequestError, match="no chat template"):
         PromptRenderer(model, **ids, max_model_len=4096).render_chat([Message("user", "a")])
+
+
+@pytest.fixture(scope="module")
+def tool_model(tmp_path_factory, tiny_model_dir):
+    return make_tool_model(tiny_model_dir, tmp_path_factory.mktemp("tool-model"))
+
+
+@pytest.fixture(scope="module")
+def tool_renderer(tool_model, ids):
+    return PromptRenderer(tool_model, **ids, max_model_len=4096)
+
+
+def a_call(text):
+    return {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": {"city": text, "n": [1, None]}}}
+
+
+def with_tools(text):
+    return [
+        Message("user", text),
+        Message("assistant", "", (a_call(text),)),
+        Message("tool", text, tool_call_id="call_1"),
+        Message("user", [ImagePart(b""), TextPart(text)]),
+    ]
+
+
+@pytest.mark.parametrize("tools", [[], [WEATHER], [WEATHER, WEATHER]])
+def test_tools_equal_to_transformers(tool_model, tool_renderer, tools):
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(tool_model)
+    for text in TEXTS:
+        messages = with_tools(text)
+        dicts = as_dicts(messages)
+        for said, message in zip(dicts, messages, strict=True):
+            if message.tool_calls:
+                said["tool_calls"] = list(message.tool_calls)
+        expected = processor.apply_chat_template(dicts, tools=tools or None, add_generation_prompt=True, tokenize=True)
+        got = tool_renderer.expand(tool_renderer.render_chat(messages, tools), [8])[0]
+        assert got == (expected[0] if isinstance(expected[0], list) else expected), text
+
+
+def test_special_tokens_in_tools_and_calls_are_text(tool_renderer, ids):
+    def tool(text):
+        return {"type": "function", "function": {"name": "f", "description": text, "parameters": {text: [text, 1, None]}}}
+
+    baseline = _specials_of(tool_renderer.render_chat(with_tools("x"), [tool("x")]), tool_renderer)
+    for special in special_texts(tool_renderer):
+        token_ids = tool_renderer.render_chat(with_tools(special), [tool(special)])
+        assert _specials_of(token_ids, tool_renderer) == baseline
+        assert token_ids.count(ids["image_token_id"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "param"),
+    [
+        ([Message("user", "x")], [WEATHER], "tools"),
+        (with_tools("x")[:2], [], "messages"),
+        ([Message("tool", "x")], [], "messages"),
+    ],
+)
+def test_a_template_without_tools_refuses_them(renderer, messages, tools, param):
+    with pytest.raises(RequestError, match="takes no tools") as caught:
+        renderer.render_chat(messages, tools)
+    assert (caught.value.param, caught.value.code) == (param, "unsupported_parameter")
+
+
+def test_a_tool_nested_too_deeply_is_refused(tool_renderer):
+    deep = {}
+    for _ in range(2000):
+        deep = {"a": deep}
+    with pytest.raises(RequestError, match="cannot render"):
+        tool_renderer.render_chat([Message("user", "x")], [{"type": "function", "function": {"name": "f", "parameters": deep}}])
