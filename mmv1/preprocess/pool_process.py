@@ -35,6 +35,7 @@ from mmv1.preprocess.slab import map_slab
 from mmv1.wire import Receiver, Sender, ipc_address
 
 _STDIN, _STDERR = 0, 2
+_LARGE_PIXELS = 16 << 20  # of a picture whose memory is given back at once
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _MAX_OPEN_FILES = 64
@@ -161,7 +162,10 @@ class _Worker:
             answer = self._run(job, payload)
             signal.setitimer(signal.ITIMER_PROF, 0)
             self._answers.send(answer)
-            del received, payload
+            is_large = job.header.width * job.header.height > _LARGE_PIXELS
+            del received, job, payload
+            if is_large:
+                ctypes.CDLL(None).malloc_trim(0)  # also what lies between blocks that are still in use
 
     def _run(self, job: DecodeJob, payload: memoryview | None) -> PoolAnswer:
         out = self._slab[job.offset : job.offset + job.nbytes]

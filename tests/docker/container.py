@@ -46,12 +46,16 @@ class Image:
         for name in ("etc", "var/lib/apt", "var/lib/dpkg"):
             shutil.copytree(f"/{name}", self.root / name, symlinks=True, ignore_dangling_symlinks=True)
 
-    def _mounts(self) -> list[str]:
-        """Commands that put the machine's parts in their places."""
+    def _mounts(self, *, writable: bool) -> list[str]:
+        """Commands that put the machine's parts in their places. `writable`: what is written below /usr stays in the image, and
+        nothing else may run there meanwhile."""
         root, overlay = shlex.quote(str(self.root)), shlex.quote(str(self._overlay))
+        layers = f"lowerdir={overlay}/upper:/usr"
+        if writable:
+            layers = f"lowerdir=/usr,upperdir={overlay}/upper,workdir={overlay}/work"
         commands = [
             f"mount --bind {root} {root}",
-            f"mount -t overlay overlay -o lowerdir=/usr,upperdir={overlay}/upper,workdir={overlay}/work {root}/usr",
+            f"mount -t overlay overlay -o {layers} {root}/usr",
             f"mount --rbind /dev {root}/dev",
             f"mount -t proc proc {root}/proc",
         ]
@@ -63,12 +67,19 @@ class Image:
         return commands
 
     def command(
-        self, mounts: Sequence[str], inside: Sequence[str], env: Mapping[str, str], workdir: str, become: Sequence[str] = ()
+        self,
+        mounts: Sequence[str],
+        inside: Sequence[str],
+        env: Mapping[str, str],
+        workdir: str,
+        become: Sequence[str] = (),
+        *,
+        writable: bool = True,
     ) -> list[str]:
         """The command line that runs `inside` as process 1 of namespaces of its own, with this environment and no other."""
         words = ["chroot", str(self.root), *become, "env", "--ignore-environment", f"--chdir={workdir}"]
         words += [f"{name}={value}" for name, value in env.items()]
-        script = "\n".join(["set -e", *self._mounts(), *mounts, f"exec {shlex.join([*words, *inside])}"])
+        script = "\n".join(["set -e", *self._mounts(writable=writable), *mounts, f"exec {shlex.join([*words, *inside])}"])
         return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", script]
 
     def _step(self, script: str, env: Mapping[str, str], workdir: str, mounts: Sequence[str] = ()) -> None:
@@ -112,8 +123,9 @@ class Image:
         """The command line of a container as docker-compose.yml wants it: the image's user without capabilities or new
         privileges, everything read-only but `tmpfs`."""
         uid, gid = stage.notes["USER"].split(":")
-        mounts = [f"mount -o remount,bind,ro {self.root}/usr", f"mount -o remount,bind,ro {self.root}"]
+        mounts = [f"mount -o remount,bind,ro {self.root}"]
         mounts += [f"mount -t tmpfs -o mode=1777,nosuid,nodev,noexec tmpfs {self.root}{path}" for path in tmpfs]
         become = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
         home = {"HOME": stage.workdir}
-        return self.command(mounts, command, {**stage.env, **home, **env}, stage.workdir, [*become, "--no-new-privs"])
+        environment = {**stage.env, **home, **env}
+        return self.command(mounts, command, environment, stage.workdir, [*become, "--no-new-privs"], writable=False)

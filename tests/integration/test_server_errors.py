@@ -114,7 +114,7 @@ WRONG_FIELDS: list[tuple[str, Any]] = [
     ("messages", [{"role": "user", "content": [{"type": "image_url"}]}]),
     ("no_such_field", 1),
     ("tools", [{"type": "function", "function": {"name": "f"}}]),
-    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "yaml"}),
 ]
 
 
@@ -144,7 +144,7 @@ def test_more_than_the_context_is_400(server: Server, still_good: None) -> None:
 def test_unknown_models_and_routes_are_404(server: Server) -> None:
     answer = server.post(body("Hello") | {"model": "other"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
-    for path in ("/", "/v1/nothing", "/v1/chat/completions/x"):
+    for path in ("/nothing", "/v1/nothing", "/v1/chat/completions/x"):
         answer = server.http.get(f"{server.url}{path}")
         assert answer.status_code == 404
         assert "error" in answer.json()
