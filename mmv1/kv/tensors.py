@@ -15,9 +15,9 @@ def allocate_kv_caches(
 ) -> list[torch.Tensor]:
     """One [2, num_blocks, block_size, kv_heads, head_dim] for each of the group's layers: keys, then values.
 
-    Zeroed, since a masked key still takes part in a product: whatever lies in a block must be finite. Block 0 is the null
-    block, which the ledger gives to nobody and padding may point at. On a CPU the pages are touched when first written: the
-    kernel's own zeroes, which numpy asks for and torch.zeros writes over.
+    Zeroed, so that whatever lies in a block is finite: our backends read no masked key, but one of a package may multiply it by
+    0. Block 0 is the null block, which the ledger gives to nobody and padding may point at. On a CPU the pages are touched when
+    first written: the kernel's own zeroes, which numpy asks for and torch.zeros writes over.
     """
     shape = (2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
     if device.type != "cpu":

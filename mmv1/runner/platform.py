@@ -146,11 +146,6 @@ class Platform:
     def name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.is_cuda else "cpu"
 
-    @property
-    def num_sms(self) -> int:
-        """Multiprocessors; 1 for a CPU."""
-        return torch.cuda.get_device_properties(self.device).multi_processor_count if self.is_cuda else 1
-
     def on_step_stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._step_stream) if self.is_cuda else nullcontext()
 

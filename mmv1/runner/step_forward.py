@@ -16,7 +16,14 @@ import torch
 
 from mmv1.models.interface import Model
 from mmv1.runner.attention.backend import AttentionBackend, AttentionMetadata, PagedAttention
-from mmv1.runner.attention.triton import TilePlan, TritonBackend, choose_num_splits, make_tiles, small_tile_tokens
+from mmv1.runner.attention.triton import (
+    TilePlan,
+    TritonBackend,
+    choose_num_splits,
+    make_tiles,
+    num_multiprocessors,
+    small_tile_tokens,
+)
 from mmv1.runner.input_batch import DeviceTable, StepInputs, TokenColumns
 from mmv1.runner.platform import Platform
 
@@ -79,7 +86,7 @@ class StepForward:
             inputs = torch.zeros(num_columns, size, dtype=torch.int32, device=self._platform.device)
             inputs[2].fill_(-1)
             most_keys = self._block_table.width * self._block_size
-            splits = choose_num_splits(size, self._num_kv_heads, most_keys, self._platform.num_sms)
+            splits = choose_num_splits(size, self._num_kv_heads, most_keys, num_multiprocessors(self._platform.device))
             tables = inputs[-4:], self._block_table.tensor
             plan = TilePlan(*tables, self._block_size, self._tile_tokens, splits, attended[:size])
 
