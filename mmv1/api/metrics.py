@@ -15,7 +15,7 @@ from prometheus_client import Histogram as ClientHistogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from mmv1.api.admission import first_token
-from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.preprocess.pictures import PreprocessStats
 from mmv1.preprocess.timings import Histogram, StageTimings
 from mmv1.types import SchedulerStats
 

@@ -14,7 +14,7 @@ from mmv1.api.server import create_app
 from mmv1.config import EngineArgs, resolve
 from mmv1.engine.output_processor import CompletionOutput, PositionLogprobs, RequestOutput, TokenLogprob
 from mmv1.errors import EngineDeadError, ShuttingDownError
-from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.preprocess.pictures import PreprocessStats
 from mmv1.preprocess.prompt import Message
 from mmv1.preprocess.timings import StageTimings
 from mmv1.types import EngineReady, SamplingParams, SchedulerStats

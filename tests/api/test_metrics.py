@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.preprocess.pictures import PreprocessStats
 from mmv1.preprocess.timings import STAGES
 from mmv1.types import SchedulerStats
 from tests.api.fake_llm import MODEL, FakeLLM, body, client_of
