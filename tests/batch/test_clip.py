@@ -93,7 +93,7 @@ def test_scores_are_those_of_open_clip_and_a_process_that_ends_is_an_error(tiny_
     for picture, scores in zip(pictures, found, strict=True):
         assert scores == pytest.approx(reference(tiny_clip, picture), abs=1e-5)
     assert len({tuple(scores) for scores in found}) == len(pictures) and any(max(scores) > 0.1 for scores in found)
-    assert not scorer._runtime_dir.exists()
+    assert not scorer._process._runtime_dir.exists()
 
 
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
         try:
             with pytest.raises(ConfigError, match="knows no architecture 'no-such-clip'"):
                 await scorer.wait_ready()
-            return await asyncio.wait_for(scorer._process.wait(), 60)
+            return await asyncio.wait_for(scorer._process.wait_ended(), 60)
         finally:
             await scorer.close()
 
