@@ -258,7 +258,7 @@ def _raise_invalid(message: str) -> NoReturn:
         missing = field["fault"] == "missing required"
         code = "missing_required_parameter" if missing else "unknown_parameter"
         message = "is required" if missing else "is not a known parameter"
-    elif (part := _PART_TYPE.match(message)) and ".content[" in path:
+    elif (part := _PART_TYPE.match(message)) and (".content[" in path or path.startswith("input[")):
         message = f"{part['type']} parts are not supported by this server: it takes text and image_url"
     path, message = path[:200], message[:200]
     raise RequestError(f"{path}: {message}" if path else message, code=code, param=path or None)

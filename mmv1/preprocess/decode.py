@@ -139,7 +139,7 @@ def resize(rgb: torch.Tensor, height: int, width: int, resample: str) -> torch.T
 
 def crop(rgb: torch.Tensor, rules: CropRules) -> Pixels:
     """uint8 [h, w, 3] to uint8 [rules.height, rules.width, 3]."""
-    return np.asarray(cropped(Image.fromarray(rgb.numpy()), rules))
+    return np.array(cropped(Image.fromarray(rgb.numpy()), rules))
 
 
 def write_patches(rgb: torch.Tensor, patch_size: int, merge_size: int, out: torch.Tensor) -> None:
