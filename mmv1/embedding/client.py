@@ -24,6 +24,7 @@ from mmv1.embedding.messages import (
 )
 from mmv1.embedding.settings import check_clip_model
 from mmv1.errors import ConfigError, ContextLengthError, EmbedderDeadError, ImageError
+from mmv1.log import logger
 from mmv1.preprocess.slab import SlabStore
 from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
 
@@ -61,11 +62,15 @@ class ClipProcess:
             slab_bytes=0 if slab is None else slab.nbytes,
             niceness=self._niceness,
         )
-        self._process = await child.start(
-            *("mmv1.embedding.clip_process", msgspec.json.encode(settings).decode()),
-            pass_fds=() if slab is None else (slab.fd,),
-            env={"OMP_WAIT_POLICY": "PASSIVE"},
-        )
+        try:
+            self._process = await child.start(
+                *("mmv1.embedding.clip_process", msgspec.json.encode(settings).decode()),
+                pass_fds=() if slab is None else (slab.fd,),
+                env={"OMP_WAIT_POLICY": "PASSIVE"},
+            )
+        except BaseException:
+            self._close_sockets()
+            raise
         self._ready: asyncio.Future[ClipReady] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[Any]] = [asyncio.create_task(self._receive()), asyncio.create_task(self.wait_ended())]
 
@@ -101,6 +106,9 @@ class ClipProcess:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await child.stop(self._process)
         self._end()
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
         self._jobs.close()
         self._answers.close()
         shutil.rmtree(self._runtime_dir, ignore_errors=True)
@@ -131,12 +139,16 @@ class ClipProcess:
         return waiting
 
     async def _receive(self) -> None:
-        while True:
-            answer = await self._answers.recv()
-            if isinstance(answer, ClipReady):
-                self._ready.set_result(answer)
-            elif (waiting := self._leave(answer.job_id)) is not None and not waiting.done():
-                waiting.set_result(answer)
+        try:
+            while True:
+                answer = await self._answers.recv()
+                if isinstance(answer, ClipReady):
+                    self._ready.set_result(answer)
+                elif (waiting := self._leave(answer.job_id)) is not None and not waiting.done():
+                    waiting.set_result(answer)
+        except Exception:  # whoever waits hears of the end of a process that cannot be heard any more
+            logger.exception("Reading from the embedding model's process failed")
+            self._process.kill()
 
     def _end(self) -> None:
         self._has_ended = True

@@ -66,6 +66,9 @@ def _embed(model: ClipModel, slab: memoryview, batch: Sequence[Received], answer
                 pictures[job.job_id] = model.pixels_at(slab, job.offset)
         except RequestError as error:
             answers.send(NotEmbedded(job.job_id, error.message, error.code))
+        except Exception:  # a tokenizer may raise anything; others' jobs are not to suffer for it
+            logger.exception("An input could not be prepared")
+            answers.send(NotEmbedded(job.job_id, "the input cannot be read", "invalid_value"))
     works: tuple[tuple[Callable[[list[Any]], list[bytes]], dict[int, Any]], ...] = (
         (model.encode_pictures, pictures),
         (model.encode_texts, texts),
