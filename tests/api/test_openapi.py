@@ -58,7 +58,7 @@ def test_no_request_breaks_the_server(server: Server, mode: GenerationMode) -> N
 
         try_it()
     assert statuses[200 if mode is GenerationMode.POSITIVE else 400] >= _EXAMPLES // 4, statuses
-    assert mode is GenerationMode.NEGATIVE or answered["/v1/embeddings"] >= _EXAMPLES // 10, answered
+    assert mode is GenerationMode.NEGATIVE or answered["/v1/embeddings"], answered
 
 
 def test_every_operation_and_body_is_in_the_document(server: Server) -> None:
