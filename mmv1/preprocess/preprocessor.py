@@ -102,6 +102,7 @@ class Preprocessor:
         self.layout = load_layout(model, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         self._max_model_len = model.max_model_len
         self._max_images = config.max_images_per_prompt
+        num_workers = config.num_workers if self.layout.takes_images else 0
         self._on_failure = on_failure
         limits = ImageLimits(
             max_encoded_bytes=config.max_encoded_bytes,
@@ -139,11 +140,11 @@ class Preprocessor:
         self.slab = SlabStore(slab_bytes)
         self._ledger = SlabLedger(self.slab.nbytes)
         self._pool = PreprocessPool(
-            slab_fd=self.slab.fd, slab_bytes=self.slab.nbytes, num_workers=config.num_workers, on_failure=on_failure
+            slab_fd=self.slab.fd, slab_bytes=self.slab.nbytes, num_workers=num_workers, on_failure=on_failure
         )
         rules = PatchRules(self.layout.patch_size, self.layout.merge_size, self.layout.resample)
         self._store = None
-        if config.redis_url is not None:
+        if config.redis_url is not None and self.layout.takes_images:
             self._store = SharedStore(
                 url=config.redis_url,
                 ttl_s=config.redis_ttl_s,
@@ -269,6 +270,8 @@ class Preprocessor:
         )
 
     def _check_number(self, num_images: int) -> None:
+        if num_images and not self.layout.takes_images:
+            raise ImageError("this model takes text only, no images", code="image_not_supported")
         if num_images > self._max_images:
             message = f"the prompt has {num_images} images; at most {self._max_images} are allowed"
             raise ImageError(message, code="too_many_images")
