@@ -177,20 +177,16 @@ def write_processor_files(out: Path, min_pixels: int, max_pixels: int, *, patch_
 
 def _processor_config(min_pixels: int, max_pixels: int, patch_size: int) -> dict[str, Any]:
     """What the image and the video processor share, in the words of the published directories."""
-    common = {"patch_size": patch_size, "temporal_patch_size": 2, "merge_size": 2}
-    if patch_size == 14:
-        return common | {
-            "processor_class": "Qwen2_5_VLProcessor",
-            "min_pixels": min_pixels,
-            "max_pixels": max_pixels,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-        }
-    return common | {
-        "processor_class": "Qwen3VLProcessor",
-        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+    is_older = patch_size == 14
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    return {
+        "processor_class": "Qwen2_5_VLProcessor" if is_older else "Qwen3VLProcessor",
+        **(limits if is_older else {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}),
+        "patch_size": patch_size,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073] if is_older else [0.5, 0.5, 0.5],
+        "image_std": [0.26862954, 0.26130258, 0.27577711] if is_older else [0.5, 0.5, 0.5],
     }
 
 

@@ -13,8 +13,9 @@ from mmv1.config import Normalization, image_normalization, read_image_processor
 from mmv1.errors import ConfigError
 from mmv1.kernels import ops_for
 from mmv1.models import qwen2
+from mmv1.models.full_attention_tower import FullAttentionTower
 from mmv1.models.language_model import LanguageModel, Tower, is_tied
-from mmv1.models.layers.vision import FullAttentionTower, VisionConfig
+from mmv1.models.layers.vision import VisionConfig
 
 # Where checkpoints keep a part: the layout on the hub, then that of transformers 5's own modules.
 _PREFIXES = {"visual.": "model.visual.", "model.": "model.language_model."}

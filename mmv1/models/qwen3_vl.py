@@ -21,9 +21,10 @@ from mmv1.config import (
 )
 from mmv1.errors import ConfigError
 from mmv1.models.decoder import DecoderConfig, rope_settings
+from mmv1.models.full_attention_tower import FullAttentionTower
 from mmv1.models.language_model import LanguageModel, is_tied
 from mmv1.models.layers.rotary import RotaryEmbedding, interleaved_axes, inverse_frequencies
-from mmv1.models.layers.vision import FullAttentionTower, VisionConfig
+from mmv1.models.layers.vision import VisionConfig
 from mmv1.models.qwen2 import mrope_sections
 from mmv1.models.qwen2_vl import with_prefixes
 from mmv1.models.qwen3 import decoder_config
