@@ -31,7 +31,7 @@ from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
 from mmv1.preprocess.header import probe_header
 from mmv1.preprocess.layout import Qwen2VLLayout
 from mmv1.preprocess.pool import PreprocessPool
-from mmv1.preprocess.pool_messages import DecodeJob
+from mmv1.preprocess.pool_messages import PatchJob
 from mmv1.preprocess.slab import SlabLedger, SlabStore
 
 SLAB_BYTES = 256 << 20
@@ -126,7 +126,7 @@ class Pool:
             offset = self._ledger.allocate(mm_hash, place.nbytes)
             if offset is None:
                 raise RuntimeError("the slab is too small for the pictures on their way")
-            job = DecodeJob(
+            job = PatchJob(
                 job_id=job_id,
                 header=header,
                 resized_height=place.resized_height,

@@ -334,7 +334,6 @@ def resolve(args: EngineArgs) -> EngineConfig:
     on_cpu = not has_cuda_device()
     model = _resolve_model(args, on_cpu=on_cpu)
     max_num_batched_tokens = _max_num_batched_tokens(args, model.max_model_len, on_cpu=on_cpu)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return EngineConfig(
         model=model,
         scheduler=SchedulerConfig(
@@ -362,20 +361,28 @@ def resolve(args: EngineArgs) -> EngineConfig:
             fused_kernels=args.fused_kernels,
             torch_profiler_dir=args.torch_profiler_dir and str(Path(args.torch_profiler_dir).expanduser().resolve()),
         ),
-        preprocess=PreprocessConfig(
-            num_workers=_given(args.preprocess_workers, max(1, min(8, cores // 2))),
-            slab_bytes=None if args.preprocess_slab_gb is None else int(args.preprocess_slab_gb * (1 << 30)),
-            min_pixels=args.min_pixels,
-            max_pixels=args.max_pixels,
-            max_images_per_prompt=args.limit_mm_per_prompt.get("image", 16),
-            hash_algorithm=args.hash_algorithm,
-            allowed_media_domains=tuple(args.allowed_media_domains),
-            allowed_local_media_path=_local_media_path(args.allowed_local_media_path),
-            fetch_timeout_s=args.media_fetch_timeout_s,
-            extra_image_formats=_extra_image_formats(args.extra_image_formats),
-            redis_url=_redis_url(args.redis_url),
-            redis_ttl_s=args.redis_ttl_s,
-            redis_min_bytes=args.redis_min_bytes,
-            cache_secret=_cache_secret(args.cache_secret_file),
-        ),
+        preprocess=resolve_preprocess(args),
+    )
+
+
+def resolve_preprocess(args: EngineArgs) -> PreprocessConfig:
+    """What the words say of pictures, whatever model they are for. Raises ConfigError."""
+    args = with_processor_kwargs(args)
+    check_ranges(args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return PreprocessConfig(
+        num_workers=_given(args.preprocess_workers, max(1, min(8, cores // 2))),
+        slab_bytes=None if args.preprocess_slab_gb is None else int(args.preprocess_slab_gb * (1 << 30)),
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        max_images_per_prompt=args.limit_mm_per_prompt.get("image", 16),
+        hash_algorithm=args.hash_algorithm,
+        allowed_media_domains=tuple(args.allowed_media_domains),
+        allowed_local_media_path=_local_media_path(args.allowed_local_media_path),
+        fetch_timeout_s=args.media_fetch_timeout_s,
+        extra_image_formats=_extra_image_formats(args.extra_image_formats),
+        redis_url=_redis_url(args.redis_url),
+        redis_ttl_s=args.redis_ttl_s,
+        redis_min_bytes=args.redis_min_bytes,
+        cache_secret=_cache_secret(args.cache_secret_file),
     )

@@ -7,6 +7,7 @@
     │   └── ImageError             a picture cannot be fetched, decoded or accepted
     └── EngineError            our side failed (HTTP 5xx)
         ├── EngineDeadError        the engine process is gone or unusable
+        │   └── EmbedderDeadError      the same of the embedding model's
         └── ShuttingDownError      the server was told to end before the answer was complete
 
 Messages are written for the person who sent the request: they name no address in memory, no path and no host of the server.
@@ -53,6 +54,10 @@ class EngineError(MMV1Error):
 
 class EngineDeadError(EngineError):
     """The engine process ended or stopped answering; this server cannot generate any more."""
+
+
+class EmbedderDeadError(EngineDeadError):
+    """The embedding model's process is gone; where a server needs one, another is being started."""
 
 
 class ShuttingDownError(EngineError):

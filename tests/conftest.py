@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,25 +32,41 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir() -> Path:
-    """A tiny random Qwen2.5-VL. Kept under build/ and made again only when the code that makes it changes."""
+def made_once(kind: str, source: Path, packages: tuple[str, ...], make: Callable[[Path], object]) -> Path:
+    """A directory that `make` fills. Kept under build/ and made again only when the code or the packages that make it change."""
     from importlib.metadata import version
 
-    source = (ROOT / "examples" / "tiny_model.py").read_bytes()
-    key = hashlib.sha256(source + version("transformers").encode() + version("torch").encode()).hexdigest()[:16]
-    path = ROOT / "build" / f"tiny-model-{key}"
+    parts = [source.read_bytes(), *(version(name).encode() for name in packages)]
+    path = ROOT / "build" / f"{kind}-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"
     if not path.exists():
-        from examples.tiny_model import make_tiny_model
-
         path.parent.mkdir(exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix="tiny-model-"))
-        make_tiny_model(unfinished)
+        unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{kind}-"))
+        make(unfinished)
         try:
             unfinished.rename(path)  # all at once: a second run never sees half a model
         except OSError:  # another run was quicker
             shutil.rmtree(unfinished)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir() -> Path:
+    """A tiny random Qwen2.5-VL."""
+
+    def make(folder: Path) -> None:
+        from examples.tiny_model import make_tiny_model
+
+        make_tiny_model(folder)
+
+    return made_once("tiny-model", ROOT / "examples" / "tiny_model.py", ("transformers", "torch"), make)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip() -> str:
+    """NAME:WEIGHTS of a tiny random CLIP model. Once it is made, no test imports open_clip for it."""
+    from tests.tiny_clip import make_clip, spelled
+
+    return spelled(made_once("tiny-clip", ROOT / "tests" / "tiny_clip.py", ("open_clip_torch", "torch"), make_clip))
 
 
 @pytest.fixture(scope="session")

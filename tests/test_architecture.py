@@ -23,7 +23,7 @@ FLOORS = [
     {"cli"},
     {"batch"},
     {"api"},
-    {"engine"},
+    {"engine", "embedding"},
     {"scheduler", "runner"},
     {"encoder_cache"},
     {"preprocess", "kv"},
@@ -39,7 +39,8 @@ LEAF_USERS = {"models": {"models", "runner"}, "kernels": {"kernels", "models", "
 
 # Packages that only some files import, at any depth of indentation.
 CONFINED = {
-    "torch": re.compile(r"runner/.*|models/.*|kernels/.*|.*/tensors\.py|preprocess/decode\.py|batch/clip\.py"),
+    "torch": re.compile(r"runner/.*|models/.*|kernels/.*|.*/tensors\.py|preprocess/decode\.py|embedding/clip_model\.py"),
+    "open_clip": re.compile(r"embedding/clip_model\.py"),
     "triton": re.compile(r"kernels/(?!__init__|plain).*"),  # what a CPU imports does not import it
     "zmq": re.compile(r"wire\.py"),
     "llguidance": re.compile(r"scheduler/grammar\.py"),
@@ -64,7 +65,7 @@ OPENERS = {
 }  # fmt: skip
 MAY_OPEN = [
     (re.compile(r"preprocess/local_file\.py"), ""),
-    (re.compile(r"preprocess/decode\.py|batch/clip\.py"), "Image.open(io.BytesIO("),
+    (re.compile(r"preprocess/decode\.py"), "Image.open(io.BytesIO("),
     (re.compile(r"preprocess/pool_process\.py|cli/main\.py"), "os.open(os.devnull, "),
     (re.compile(r"config\.py"), "Path(path).read_bytes("),  # the cache secret
     (re.compile(r"api/page\.py"), "Path(__file__).with_name('page.html').read_bytes("),
@@ -73,10 +74,11 @@ MAY_OPEN = [
     (re.compile(r"batch/(journal|run_batch|caption_log|sinks|sources)\.py"), ""),
 ]
 TORCH_FREE = [
-    "mmv1", "mmv1.api.server", "mmv1.batch.backend", "mmv1.batch.run_batch",
+    "mmv1", "mmv1.api.server", "mmv1.batch.backend", "mmv1.batch.clip", "mmv1.batch.run_batch",
     "mmv1.cli.bench", "mmv1.cli.bench_ablate", "mmv1.cli.bench_serve",
     "mmv1.cli.demo", "mmv1.cli.main", "mmv1.cli.run", "mmv1.cli.serve",
-    "mmv1.config", "mmv1.encoder_cache.manager", "mmv1.engine.async_llm", "mmv1.engine.client", "mmv1.engine.core",
+    "mmv1.config", "mmv1.embedding.embedder", "mmv1.encoder_cache.manager",
+    "mmv1.engine.async_llm", "mmv1.engine.client", "mmv1.engine.core",
     "mmv1.engine.output_processor", "mmv1.kv.block_hash", "mmv1.kv.block_pool", "mmv1.kv.manager", "mmv1.preprocess.layout",
     "mmv1.preprocess.pool", "mmv1.preprocess.preprocessor", "mmv1.request", "mmv1.scheduler.grammar", "mmv1.scheduler.scheduler",
     "mmv1.step", "mmv1.types", "mmv1.wire",

@@ -1,7 +1,7 @@
 """What /metrics says. Names are vLLM's with the prefix `mmv1:`, in a registry of this server's own.
 
-Counters of the engine and the preprocessor are kept there, cumulative, and read when somebody asks; only what a client feels
-(latencies, finished requests, prompt tokens) is counted here.
+Counters of the engine, the preprocessor and the embedder are kept there, cumulative, and read when somebody asks; only what a
+client feels (latencies, finished requests, prompt tokens) is counted here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from prometheus_client import Histogram as ClientHistogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from mmv1.api.admission import first_token
-from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.embedding.embedder import Embedder
+from mmv1.preprocess.pictures import PreprocessStats
 from mmv1.preprocess.timings import Histogram, StageTimings
 from mmv1.types import SchedulerStats
 
@@ -70,11 +71,45 @@ _PREPROCESS_COUNTERS: tuple[Row, ...] = (
     ("preprocess_fetched_bytes", "fetched_bytes", "Bytes downloaded"),
     ("preprocess_worker_deaths", "num_worker_deaths", "Decoding processes that died and were replaced"),
 )
+_EMBEDDING_GAUGES: tuple[Row, ...] = (
+    ("embedding_cache_bytes", "cache_bytes", "Bytes of kept embeddings of pictures"),
+    ("embedding_cache_capacity_bytes", "cache_capacity_bytes", "Bytes of them that are kept at most"),
+)
+_EMBEDDING_COUNTERS: tuple[Row, ...] = (
+    ("embedding_requests", "num_requests", "Requests for embeddings that were answered"),
+    ("embedding_texts", "num_texts", "Texts run through the embedding model"),
+    ("embedding_images", "num_images", "Pictures run through the embedding model"),
+    ("embedding_cache_queries", "cache_queries", "Pictures whose embedding was asked for"),
+    ("embedding_cache_hits", "cache_hits", "Of these, found, or being made for somebody else"),
+    ("embedding_process_deaths", "num_process_deaths", "Processes of the embedding model that ended and were replaced"),
+)
 
 
 def kv_cache_usage(stats: SchedulerStats) -> float:
     """The share of KV blocks that live requests hold, 0 to 1."""
     return stats.num_kv_blocks_used / stats.num_kv_blocks if stats.num_kv_blocks else 0.0
+
+
+Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
+
+
+def _sample(label: list[str], kind: Kind, name: str, text: str, value: float) -> GaugeMetricFamily | CounterMetricFamily:
+    family = kind(f"mmv1:{name}", text, labels=["model_name"])
+    family.add_metric(label, value)
+    return family
+
+
+class _EmbeddingCollector:
+    """The same of the embedding model, under its own name."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._embedder.stats()
+        for kind, rows in ((GaugeMetricFamily, _EMBEDDING_GAUGES), (CounterMetricFamily, _EMBEDDING_COUNTERS)):
+            for name, field, text in rows:
+                yield _sample([self._embedder.name], kind, name, text, getattr(stats, field))
 
 
 class _EngineCollector:
@@ -96,9 +131,8 @@ class _EngineCollector:
 
     def collect(self) -> Iterator[Metric]:
         stats, preprocess = self._read_stats(), self._read_preprocess()
-        yield self._sample(
-            GaugeMetricFamily, "kv_cache_usage_perc", "Share of KV blocks that live requests hold, 0 to 1", kv_cache_usage(stats)
-        )
+        text = "Share of KV blocks that live requests hold, 0 to 1"
+        yield _sample(self._label, GaugeMetricFamily, "kv_cache_usage_perc", text, kv_cache_usage(stats))
         for source, kind, rows in (
             (stats, GaugeMetricFamily, _ENGINE_GAUGES),
             (stats, CounterMetricFamily, _ENGINE_COUNTERS),
@@ -106,7 +140,7 @@ class _EngineCollector:
             (preprocess, CounterMetricFamily, _PREPROCESS_COUNTERS),
         ):
             for name, field, text in rows:
-                yield self._sample(kind, name, text, getattr(source, field))
+                yield _sample(self._label, kind, name, text, getattr(source, field))
         text = "Time pictures take, by stage: fetch, slab, store_get, queue, decode, resize, store_set"
         family = HistogramMetricFamily("mmv1:preprocess_seconds", text, labels=["model_name", "stage"])
         for stage, histogram in self._timings.histograms.items():
@@ -121,13 +155,6 @@ class _EngineCollector:
         bounds = [*map(str, histogram.bounds_s), "+Inf"]
         family.add_metric(label, list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum_s)
 
-    def _sample(
-        self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str, value: float
-    ) -> GaugeMetricFamily | CounterMetricFamily:
-        family = kind(f"mmv1:{name}", text, labels=["model_name"])
-        family.add_metric(self._label, value)
-        return family
-
 
 class Metrics:
     """One server's metrics. `start_request` opens the clock of a client's request."""
@@ -138,11 +165,14 @@ class Metrics:
         read_stats: Callable[[], SchedulerStats],
         read_preprocess: Callable[[], PreprocessStats],
         timings: StageTimings,
+        embedder: Embedder | None = None,
     ) -> None:
         self._registry = CollectorRegistry()
         # Observed for every token of every stream: plain counting costs a third of what prometheus_client's locks do.
         self.inter_token_latency = Histogram(_TOKEN_SECONDS)
         self._registry.register(_EngineCollector(model_name, read_stats, read_preprocess, timings, self.inter_token_latency))
+        if embedder is not None:
+            self._registry.register(_EmbeddingCollector(embedder))
         self._model_name = model_name
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests, cached ones included")
         self.admission_rejections = self._counter("admission_rejections", "Requests refused because too many waited")

@@ -26,7 +26,7 @@ from mmv1.api.structured import (
     TokenId,
 )
 from mmv1.api.tools import PastToolCall, Tool, ToolCall, ToolCallDelta, ToolChoice, check_tool_choice
-from mmv1.errors import EngineDeadError, RequestError, ShuttingDownError
+from mmv1.errors import EmbedderDeadError, EngineDeadError, RequestError, ShuttingDownError
 from mmv1.preprocess.image_settings import PictureSettings, ProcessorKwargs
 
 MAX_BODY_BYTES = DEFAULT_MAX_REQUEST_BYTES
@@ -210,7 +210,11 @@ def check_body_size(num_bytes: int, max_bytes: int = MAX_BODY_BYTES) -> None:
 def check_model(name: str, served_model_name: str) -> None:
     """Raises RequestError (404)."""
     if name != served_model_name:
-        raise RequestError(f"The model `{name[:200]}` does not exist", code="model_not_found", param="model", status=404)
+        raise model_not_found(name)
+
+
+def model_not_found(name: str) -> RequestError:
+    return RequestError(f"The model `{name[:200]}` does not exist", code="model_not_found", param="model", status=404)
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -254,7 +258,7 @@ def _raise_invalid(message: str) -> NoReturn:
         missing = field["fault"] == "missing required"
         code = "missing_required_parameter" if missing else "unknown_parameter"
         message = "is required" if missing else "is not a known parameter"
-    elif (part := _PART_TYPE.match(message)) and ".content[" in path:
+    elif (part := _PART_TYPE.match(message)) and (".content[" in path or path.startswith("input[")):
         message = f"{part['type']} parts are not supported by this server: it takes text and image_url"
     path, message = path[:200], message[:200]
     raise RequestError(f"{path}: {message}" if path else message, code=code, param=path or None)
@@ -402,6 +406,8 @@ def error_of(error: BaseException) -> tuple[int, ErrorBody]:
         return error.status, ErrorBody(ErrorObject(error.message, kind, error.param, error.code))
     if isinstance(error, ShuttingDownError):
         return 503, ErrorBody(ErrorObject("The server is shutting down", "server_error", None, "shutting_down"))
+    if isinstance(error, EmbedderDeadError):
+        return 503, ErrorBody(ErrorObject("The embedding model is not available", "server_error", None, "embedder_unavailable"))
     if isinstance(error, EngineDeadError):
         return 503, ErrorBody(ErrorObject("The engine is not available", "server_error", None, "engine_unavailable"))
     return 500, ErrorBody(ErrorObject("The server failed to answer this request", "server_error", None, "internal_error"))

@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -28,22 +28,24 @@ from mmv1.api.access import salt_of
 from mmv1.api.admission import RETRY_AFTER_S, Admission
 from mmv1.api.chat import ChatAnswer, SamplingDefaults
 from mmv1.api.completions import CompletionAnswer, CompletionRequest, decode_completion_request
+from mmv1.api.embeddings import EmbeddingRequest, decode_embedding_request, embeddings
 from mmv1.api.metrics import Metrics
 from mmv1.api.middleware import with_middleware
 from mmv1.api.page import add_page
 from mmv1.api.protocol import (
     ChatCompletionRequest,
-    ModelCard,
     ModelList,
     check_body_size,
     check_model,
     decode_chat_request,
     encode,
     error_of,
+    model_not_found,
 )
+from mmv1.api.served import Served
 from mmv1.api.settings import ServerSettings
 from mmv1.api.shutdown import Shutdown
-from mmv1.api.statistics import BottleneckLine, StatisticsLine, name_of_kv_cache
+from mmv1.api.statistics import BottleneckLine, StatisticsLine
 from mmv1.api.tokenization import (
     DetokenizeRequest,
     TokenizeRequest,
@@ -52,6 +54,7 @@ from mmv1.api.tokenization import (
     detokenize,
     tokenize,
 )
+from mmv1.embedding.embedder import Embedder
 from mmv1.errors import EngineDeadError, EngineError, RequestError, ShuttingDownError
 from mmv1.log import logger
 
@@ -64,6 +67,7 @@ _BOTTLENECK_INTERVAL_S = 60.0
 _ENGINE_WATCH_INTERVAL_S = 0.5
 _GRACEFUL_SHUTDOWN_S = 10  # after the engine's death; who asks for the end says how long it may take
 _DEFAULTS = ServerSettings()
+_OF_A_LANGUAGE_MODEL = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 
@@ -159,52 +163,66 @@ async def _error_answer(_: Request, error: Exception) -> Response:
     return JSONAnswer(body, status, headers)
 
 
-def create_app(llm: AsyncLLM, settings: ServerSettings = _DEFAULTS, admission: Admission | None = None) -> ASGIApp:
-    """The ASGI application over a started AsyncLLM. Raises ConfigError when generation_config.json cannot be used."""
-    model = llm.config.model
-    defaults = SamplingDefaults.of_model(model.path)
-    metrics = Metrics(model.served_model_name, llm.stats, llm.preprocessor.stats, llm.preprocessor.timings)
-    name, root = model.served_model_name, model.path
-    card = ModelCard(id=name, created=int(time.time()), root=root, max_model_len=llm.max_model_len)
+def create_app(
+    llm: AsyncLLM | None,
+    settings: ServerSettings = _DEFAULTS,
+    admission: Admission | None = None,
+    embedder: Embedder | None = None,
+) -> ASGIApp:
+    """The ASGI application over a started AsyncLLM, a started Embedder, or both. Raises ConfigError when generation_config.json
+    cannot be used."""
+    served = Served(llm, embedder)
+    metrics = served.metrics()
+    cards = {card.id: card for card in served.cards()}
     app = FastAPI(title="mmv1", version=mmv1.__version__, redirect_slashes=False)
     app.state.max_request_bytes = settings.max_request_bytes
     for kind in (RequestError, EngineError, HTTPException, Exception):
         app.add_exception_handler(kind, _error_answer)
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_schema("ChatCompletionRequest"))
-    async def chat_completions(request: Request) -> Response:
-        chat_request = decode_chat_request(await _read_json_body(request))
-        check_model(chat_request.model, card.id)
-        chat_request.cache_salt = salt_of(request.scope, chat_request.cache_salt)
-        answer = ChatAnswer(llm, chat_request, defaults, metrics)
-        stream = bool(chat_request.stream)
-        return GeneratedAnswer(answer.events() if stream else answer.full(), stream=stream)
-
-    _add_text_routes(app, llm, card, defaults, metrics)
+    if llm is not None:
+        _add_chat_routes(app, llm, metrics)
+        add_page(app)
+        if llm.config.device.torch_profiler_dir is not None:
+            _add_profile_routes(app, llm)
+    else:
+        _refuse(app, _OF_A_LANGUAGE_MODEL, "this server has no language model: it was started with --runner pooling")
+    if embedder is not None:
+        _add_embedding_route(app, embedder)
+    else:
+        _refuse(app, ("/v1/embeddings",), "this server has no embedding model: start it with --embedding-model NAME:WEIGHTS")
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return JSONAnswer(ModelList([card]))
+        return JSONAnswer(ModelList(list(cards.values())))
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        check_model(name, card.id)
-        return JSONAnswer(card)
+        if name not in cards:
+            raise model_not_found(name)
+        return JSONAnswer(cards[name])
 
     @app.get("/health")
     async def health() -> Response:
-        """200 only while the engine steps."""
-        await llm.check_health()
+        """200 only while the engine steps, and the embedding model, where there is one, is there."""
+        await served.check_health()
         return Response(b'{"status":"ok"}', media_type="application/json")
+
+    @app.get("/ping")
+    @app.post("/ping", include_in_schema=False)
+    async def ping() -> Response:
+        """As /health, with nothing in it."""
+        await served.check_health()
+        return Response()
 
     @app.get("/metrics")
     async def prometheus() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    add_page(app)
-    if llm.config.device.torch_profiler_dir is not None:
-        _add_profile_routes(app, llm)
-    requests = (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": mmv1.__version__}
+
+    requests = (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, EmbeddingRequest)
     _, components = msgspec.json.schema_components(requests, ref_template="#/components/schemas/{name}")
     app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(components)
     return with_middleware(app, settings, admission or Admission(settings), metrics)
@@ -215,13 +233,44 @@ def _body_schema(name: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": schema}}}
 
 
-def _add_text_routes(app: FastAPI, llm: AsyncLLM, card: ModelCard, defaults: SamplingDefaults, metrics: Metrics) -> None:
-    """Raw prompts, tokens, and what a server says of itself."""
+def _refuse(app: FastAPI, paths: Sequence[str], reason: str) -> None:
+    """Routes that other servers of mmv1 have say why this one has them not."""
+
+    async def refuse() -> Response:
+        raise RequestError(reason, code="no_such_model", status=404)
+
+    for path in paths:
+        app.post(path, include_in_schema=False)(refuse)
+
+
+def _add_embedding_route(app: FastAPI, embedder: Embedder) -> None:
+    @app.post("/v1/embeddings", openapi_extra=_body_schema("EmbeddingRequest"))
+    async def embed(request: Request) -> Response:
+        embedding_request = decode_embedding_request(await _read_json_body(request))
+        check_model(embedding_request.model, embedder.name)
+        cache_salt = salt_of(request.scope, embedding_request.cache_salt)
+        return GeneratedAnswer(embeddings(embedder, embedding_request, cache_salt), stream=False)
+
+
+def _add_chat_routes(app: FastAPI, llm: AsyncLLM, metrics: Metrics) -> None:
+    """What a language model answers, and its tokens."""
+    model = llm.config.model
+    name = model.served_model_name
+    defaults = SamplingDefaults.of_model(model.path)
+
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema("ChatCompletionRequest"))
+    async def chat_completions(request: Request) -> Response:
+        chat_request = decode_chat_request(await _read_json_body(request))
+        check_model(chat_request.model, name)
+        chat_request.cache_salt = salt_of(request.scope, chat_request.cache_salt)
+        answer = ChatAnswer(llm, chat_request, defaults, metrics)
+        stream = bool(chat_request.stream)
+        return GeneratedAnswer(answer.events() if stream else answer.full(), stream=stream)
 
     @app.post("/v1/completions", openapi_extra=_body_schema("CompletionRequest"))
     async def completions(request: Request) -> Response:
         completion_request = decode_completion_request(await _read_json_body(request))
-        check_model(completion_request.model, card.id)
+        check_model(completion_request.model, name)
         completion_request.cache_salt = salt_of(request.scope, completion_request.cache_salt)
         answer = CompletionAnswer(llm, completion_request, defaults, metrics)
         stream = bool(completion_request.stream)
@@ -230,25 +279,14 @@ def _add_text_routes(app: FastAPI, llm: AsyncLLM, card: ModelCard, defaults: Sam
     @app.post("/tokenize", openapi_extra=_body_schema("TokenizeRequest"))
     async def tokenize_prompt(request: Request) -> Response:
         tokenize_request = decode_tokenize_request(await _read_json_body(request))
-        check_model(tokenize_request.model or card.id, card.id)
+        check_model(tokenize_request.model or name, name)
         return JSONAnswer(await tokenize(llm, tokenize_request, salt_of(request.scope, None)))
 
     @app.post("/detokenize", openapi_extra=_body_schema("DetokenizeRequest"))
     async def detokenize_tokens(request: Request) -> Response:
         detokenize_request = decode_detokenize_request(await _read_json_body(request))
-        check_model(detokenize_request.model or card.id, card.id)
+        check_model(detokenize_request.model or name, name)
         return JSONAnswer(await asyncio.to_thread(detokenize, llm, detokenize_request))
-
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": mmv1.__version__}
-
-    @app.get("/ping")
-    @app.post("/ping", include_in_schema=False)
-    async def ping() -> Response:
-        """As /health, with nothing in it."""
-        await llm.check_health()
-        return Response()
 
 
 def _add_profile_routes(app: FastAPI, llm: AsyncLLM) -> None:
@@ -274,13 +312,18 @@ class _Server(uvicorn.Server):
 
 
 async def serve(
-    llm: AsyncLLM, listener: socket.socket, started_at: float | None = None, settings: ServerSettings = _DEFAULTS
+    llm: AsyncLLM | None,
+    listener: socket.socket,
+    started_at: float | None = None,
+    settings: ServerSettings = _DEFAULTS,
+    embedder: Embedder | None = None,
 ) -> int:
     """Answer on the bound socket `listener` until SIGTERM, SIGINT or the engine's death. Returns the exit status. `started_at`:
     when, by time.monotonic(), the command was given."""
     admission = Admission(settings)
+    served = Served(llm, embedder)
     config = uvicorn.Config(
-        create_app(llm, settings, admission),
+        create_app(llm, settings, admission, embedder),
         http="httptools",
         ws="none",
         lifespan="off",
@@ -296,14 +339,14 @@ async def serve(
     uvicorn_logger.handlers, uvicorn_logger.propagate = list(logger.handlers), False
     uvicorn_logger.setLevel(uvicorn.config.LOG_LEVELS[settings.uvicorn_log_level])
     server = _Server(config)
-    shutdown = Shutdown(admission, settings.shutdown_timeout_s, llm.end_requests)
+    shutdown = Shutdown(admission, settings.shutdown_timeout_s, served.end_requests)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, shutdown.ask)
     listener.listen(config.backlog)  # whoever reads the next lines may connect
-    _log_start(llm, listener, settings)
+    _log_start(served, listener, settings)
     if started_at is not None:
         logger.info("Ready after %.1f s", time.monotonic() - started_at)
-    works = (_stop_with_engine(llm, server), _stop_when_asked(shutdown, server), *_periodic_lines(llm))
+    works = (_stop_with_engine(served, server), _stop_when_asked(shutdown, server), *_periodic_lines(served))
     background = [asyncio.ensure_future(work) for work in works]
     try:
         await server.serve(sockets=[listener])
@@ -319,23 +362,26 @@ async def _stop_when_asked(shutdown: Shutdown, server: _Server) -> None:
     server.should_exit = True
 
 
-async def _stop_with_engine(llm: AsyncLLM, server: _Server) -> None:
-    while llm.is_ready:
+async def _stop_with_engine(served: Served, server: _Server) -> None:
+    while served.is_ready:
         await asyncio.sleep(_ENGINE_WATCH_INTERVAL_S)
     logger.error("The engine is dead; stopping the server")
     server.should_exit = True
 
 
-def _periodic_lines(llm: AsyncLLM) -> tuple[Coroutine[Any, Any, None], ...]:
-    preprocessor = llm.preprocessor
-    statistics = StatisticsLine(llm.ready.device if llm.ready is not None else "cpu")
-    bottleneck = BottleneckLine(llm.config.preprocess.num_workers)
-    return (
-        _log_every(_STATISTICS_INTERVAL_S, lambda elapsed_s: statistics.next(llm.stats(), preprocessor.stats(), elapsed_s)),
-        _log_every(
-            _BOTTLENECK_INTERVAL_S, lambda elapsed_s: bottleneck.next(preprocessor.stats(), preprocessor.timings, elapsed_s)
-        ),
-    )
+def _periodic_lines(served: Served) -> list[Coroutine[Any, Any, None]]:
+    llm, pictures = served.llm, served.pictures
+    bottleneck = BottleneckLine(served.preprocess.num_workers)
+    lines = [
+        _log_every(_BOTTLENECK_INTERVAL_S, lambda elapsed_s: bottleneck.next(pictures.stats(), pictures.timings, elapsed_s))
+    ]
+    if llm is not None:
+        read_stats = llm.stats
+        statistics = StatisticsLine(llm.ready.device if llm.ready is not None else "cpu")
+        lines.append(
+            _log_every(_STATISTICS_INTERVAL_S, lambda elapsed_s: statistics.next(read_stats(), pictures.stats(), elapsed_s))
+        )
+    return lines
 
 
 async def _log_every(interval_s: float, next_line: Callable[[float], str | None]) -> None:
@@ -350,26 +396,18 @@ async def _log_every(interval_s: float, next_line: Callable[[float], str | None]
             logger.info(line)
 
 
-def _log_start(llm: AsyncLLM, listener: socket.socket, settings: ServerSettings) -> None:
-    model, preprocess, ready = llm.config.model, llm.config.preprocess, llm.ready
-    if ready is not None:
-        num_tokens = ready.num_kv_blocks * ready.block_size
-        logger.info("Model: %s (%s), %s on %s", model.served_model_name, model.architecture, ready.dtype, ready.device)
-        logger.info("Attention backend: %s", ready.attention_backend)
-        blocks = f"{ready.num_kv_blocks} blocks of {ready.block_size} tokens"
-        logger.info("%s size: %s tokens (%s)", name_of_kv_cache(ready.device), f"{num_tokens:,}", blocks)
-        concurrency = num_tokens / ready.max_model_len
-        logger.info("Maximum concurrency for %s tokens per request: %.2fx", f"{ready.max_model_len:,}", concurrency)
-        logger.info("Encoder cache size: %.1f MiB", ready.encoder_cache_bytes / (1 << 20))
-    slab_mib = llm.preprocessor.stats().slab_bytes / (1 << 20)
-    redis = "yes" if preprocess.redis_url else "no"
-    logger.info("Preprocess workers: %d, slab: %.1f MiB, Redis: %s", preprocess.num_workers, slab_mib, redis)
+def _log_start(served: Served, listener: socket.socket, settings: ServerSettings) -> None:
+    served.log_start()
     host, port = listener.getsockname()[:2]
-    profiling = ("POST /start_profile", "POST /stop_profile") if llm.config.device.torch_profiler_dir is not None else ()
-    posts = ("POST /v1/chat/completions", "POST /v1/completions", "POST /tokenize")
-    for route in (*posts, "GET /v1/models", "GET /health", "GET /metrics", "GET /docs", *profiling):
+    posts = [*(_OF_A_LANGUAGE_MODEL[:3] if served.llm else ()), *(("/v1/embeddings",) if served.embedder else ())]
+    profiling: tuple[str, ...] = ()
+    if served.llm is not None and served.llm.config.device.torch_profiler_dir is not None:
+        profiling = ("POST /start_profile", "POST /stop_profile")
+    routes = (*(f"POST {path}" for path in posts), "GET /v1/models", "GET /health", "GET /metrics", "GET /docs", *profiling)
+    for route in routes:
         logger.info("Route: %s", route)
     if settings.api_keys:
         logger.info("API keys: %d, each a tenant that shares no cache with the others", len(set(settings.api_keys)))
     url = f"http{'s' if settings.ssl_certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}{settings.root_path}"
-    logger.info("Application startup complete. Serving %s on %s", model.served_model_name, url)
+    names = " and ".join(card.id for card in served.cards())
+    logger.info("Application startup complete. Serving %s on %s", names, url)

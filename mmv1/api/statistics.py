@@ -6,7 +6,7 @@ Each line is made from the differences of cumulative counters since the one befo
 from __future__ import annotations
 
 from mmv1.api.metrics import kv_cache_usage
-from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.preprocess.pictures import PreprocessStats
 from mmv1.preprocess.timings import STAGES, Stage, StageTimings
 from mmv1.types import SchedulerStats
 

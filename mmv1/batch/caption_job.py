@@ -21,7 +21,6 @@ from typing import Any
 
 from mmv1.batch.backend import Backend, open_backend
 from mmv1.batch.captioner import Captioner, Failure, PictureReader, Question
-from mmv1.batch.clip import DEFAULT_MODEL as DEFAULT_CLIP_MODEL
 from mmv1.batch.clip import ClipScorer
 from mmv1.batch.output import Output, OutputArgs, Selection, Shard
 from mmv1.batch.progress import Progress
@@ -30,6 +29,7 @@ from mmv1.batch.runner import run as run_jobs
 from mmv1.batch.sinks import Recorder, SidecarSink
 from mmv1.batch.sources import Columns, Sample, count, samples
 from mmv1.config import EngineArgs, PreprocessConfig, resolve
+from mmv1.embedding.settings import DEFAULT_CLIP_MODEL
 from mmv1.errors import ConfigError
 from mmv1.preprocess.media import ImageLimits
 

@@ -1,9 +1,10 @@
-"""`mmv1 serve`: from settings to a listening socket, an engine and the HTTP server over it."""
+"""`mmv1 serve`: from settings to a listening socket, an engine, an embedding model or both, and the HTTP server over them."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import os
 import socket
@@ -14,7 +15,8 @@ import types
 from mmv1.api.settings import DEFAULT_MAX_REQUEST_BYTES, DEFAULT_SHUTDOWN_TIMEOUT_S, ServerSettings
 from mmv1.cli.event_loop import run_until_signal
 from mmv1.cli.options import json_list
-from mmv1.config import EngineArgs, EngineConfig, resolve
+from mmv1.config import EngineArgs, EngineConfig, PreprocessConfig, has_cuda_device, resolve, resolve_preprocess
+from mmv1.embedding.settings import DEFAULT_CACHE_BYTES, EmbeddingSettings
 from mmv1.errors import ConfigError
 from mmv1.log import configure_logging, logger
 
@@ -32,8 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--uvicorn-log-level", default="warning", choices=_LOG_LEVELS, help="of the HTTP server's own messages (default: warning)"
     )
+    _add_embedding_arguments(parser.add_argument_group("Embeddings"))
     _add_access_arguments(parser.add_argument_group("Access"))
     _add_limit_arguments(parser.add_argument_group("Limits"))
+
+
+def _add_embedding_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--embedding-model", metavar="NAME:WEIGHTS", help="open_clip's, for /v1/embeddings; WEIGHTS: a tag or a file")
+    add(
+        "--runner", choices=("generate", "pooling"), default="generate",
+        help="pooling: serve the embedding model only, and no language model (default: generate)",
+    )  # fmt: skip
+    size = DEFAULT_CACHE_BYTES
+    add("--embedding-cache-bytes", type=int, default=size, metavar="N", help=f"of pictures' embeddings kept (default: {size})")
 
 
 def _add_access_arguments(group: argparse._ArgumentGroup) -> None:
@@ -64,10 +78,25 @@ def run(namespace: argparse.Namespace) -> int:
     started_at = time.monotonic()
     configure_logging("api")
     settings = server_settings(namespace)
-    config = resolve(namespace.engine_args)
+    embedding = embedding_settings(namespace)
+    config = resolve(namespace.engine_args) if namespace.runner == "generate" else resolve_preprocess(namespace.engine_args)
     with _bind(namespace.host, namespace.port) as listener:
         _log_settings(namespace.engine_args)
-        return run_until_signal(_start_and_serve(config, settings, listener, started_at))
+        return run_until_signal(_start_and_serve(config, embedding, settings, listener, started_at))
+
+
+def embedding_settings(namespace: argparse.Namespace) -> EmbeddingSettings | None:
+    """None: no embedding model. Raises ConfigError."""
+    is_alone = namespace.runner == "pooling"
+    args: EngineArgs = namespace.engine_args
+    if namespace.embedding_model is None:
+        if is_alone:
+            raise ConfigError("--runner pooling serves an embedding model: name it with --embedding-model NAME:WEIGHTS")
+        return None
+    if is_alone and args.model:
+        raise ConfigError(f"--runner pooling serves no language model: leave {args.model} out")
+    name = args.served_model_name if is_alone else None
+    return EmbeddingSettings(model=namespace.embedding_model, served_name=name, cache_bytes=namespace.embedding_cache_bytes)
 
 
 def server_settings(namespace: argparse.Namespace) -> ServerSettings:
@@ -121,18 +150,38 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _start_and_serve(config: EngineConfig, settings: ServerSettings, listener: socket.socket, started_at: float) -> int:
+async def _start_and_serve(
+    config: EngineConfig | PreprocessConfig,
+    embedding: EmbeddingSettings | None,
+    settings: ServerSettings,
+    listener: socket.socket,
+    started_at: float,
+) -> int:
+    """`config`: of the engine, or where there is none of pictures alone."""
+    from mmv1.embedding.embedder import Embedder
     from mmv1.engine.async_llm import AsyncLLM
 
-    llm = AsyncLLM(config)
-    # The web framework is imported while the engine's process loads the model.
+    llm = AsyncLLM(config) if isinstance(config, EngineConfig) else None
+    embedder = None
+    if embedding is not None:
+        preprocess = config.preprocess if isinstance(config, EngineConfig) else config
+        takes_images = llm is not None and llm.preprocessor.layout.takes_images
+        embedder = Embedder(embedding, preprocess, llm.preprocessor.pictures if llm is not None and takes_images else None)
+    # The web framework is imported while models are loaded.
     importing = asyncio.ensure_future(asyncio.to_thread(_import_server))
-    await llm.start()
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        if embedder is not None:
+            stack.push_async_callback(embedder.close)
+            await embedder.start()
+            if has_cuda_device():  # what it takes of the device must be seen where the engine measures what is left
+                await embedder.wait_ready()
+        if llm is not None:
+            await llm.start()
+            stack.push_async_callback(llm.close)
+        if embedder is not None:
+            await embedder.wait_ready()
         server = await importing
-        return await server.serve(llm, listener, started_at, settings)  # from here on the signals are its own
-    finally:
-        await llm.close()
+        return await server.serve(llm, listener, started_at, settings, embedder)  # from here on the signals are its own
 
 
 def _import_server() -> types.ModuleType:

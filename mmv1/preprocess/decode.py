@@ -1,6 +1,6 @@
-"""Encoded bytes to uint8 patches, in a pool process. The only torch file of this room.
+"""Encoded bytes to uint8 patches, or to the pixels of a CLIP model, in a pool process. The only torch file of this room.
 
-The result, normalised, is bit-identical in bfloat16 to transformers' default (torchvision) Qwen2VLImageProcessor given the
+The patches, normalised, is bit-identical in bfloat16 to transformers' default (torchvision) Qwen2VLImageProcessor given the
 picture as its `load_image` opens it, apart from the two cases named in `media.to_rgb` (transparency, 16-bit grey) and
 orientation written only in XMP, or in a PNG's text, both of which browsers ignore too.
 
@@ -22,9 +22,10 @@ import torch
 from PIL import Image
 
 from mmv1.errors import ImageError
+from mmv1.preprocess.crop import CropRules, cropped
 from mmv1.preprocess.header import ImageHeader
 from mmv1.preprocess.media import ppm_pixels, to_rgb
-from mmv1.preprocess.pool_messages import DecodeJob
+from mmv1.preprocess.pool_messages import CropJob, DecodeJob
 
 _MAX_SCANS = 100  # of a progressive JPEG, which has about 10: each costs us a pass over all pixels, and its sender 14 bytes
 _MAX_DECODER_BYTES = 24  # per pixel, decoding and turning upright; WebP takes most
@@ -42,14 +43,17 @@ def prepare_process() -> None:
 
 
 def decode_into(encoded: bytes | memoryview, job: DecodeJob, out: memoryview) -> tuple[float, float]:
-    """The whole work of one job: its patches into `out`, exactly `job.nbytes` writable bytes. Returns the seconds of decoding,
-    and of resizing and cutting up. Raises ImageError."""
+    """The whole work of one job: its patches or pixels into `out`, exactly `job.nbytes` writable bytes. Returns the seconds of
+    decoding, and of resizing and cutting up. Raises ImageError."""
     started = time.perf_counter()
     try:
         rgb = decode_rgb(encoded, job.header)
         decoded = time.perf_counter()
-        resized = resize(rgb, job.resized_height, job.resized_width, job.resample)
-        write_patches(resized, job.patch_size, job.merge_size, torch.frombuffer(out, dtype=torch.uint8))
+        if isinstance(job, CropJob):
+            np.frombuffer(out, np.uint8)[...] = crop(rgb, job.rules).reshape(-1)
+        else:
+            resized = resize(rgb, job.resized_height, job.resized_width, job.resample)
+            write_patches(resized, job.patch_size, job.merge_size, torch.frombuffer(out, dtype=torch.uint8))
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
@@ -131,6 +135,11 @@ def resize(rgb: torch.Tensor, height: int, width: int, resample: str) -> torch.T
     image = rgb.permute(2, 0, 1).unsqueeze(0)  # [1, 3, h, w], channels last in memory
     resized = torch.nn.functional.interpolate(image, size=(height, width), mode=resample, align_corners=False, antialias=True)
     return resized[0].permute(1, 2, 0)
+
+
+def crop(rgb: torch.Tensor, rules: CropRules) -> Pixels:
+    """uint8 [h, w, 3] to uint8 [rules.height, rules.width, 3]."""
+    return np.array(cropped(Image.fromarray(rgb.numpy()), rules))
 
 
 def write_patches(rgb: torch.Tensor, patch_size: int, merge_size: int, out: torch.Tensor) -> None:

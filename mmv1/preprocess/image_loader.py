@@ -38,7 +38,7 @@ class ImageLoader:
     async def read_local(self, sources: Sequence[ImageSource]) -> dict[int, EncodedImage]:
         """Those that are on this machine, by their place in `sources`. Raises ImageError."""
         local = {number: source for number, source in enumerate(sources) if not is_remote(source)}
-        return await _all_at_once(self._read, local, of=len(sources))
+        return await all_at_once(self._read, local, of=len(sources))
 
     async def download(self, sources: Sequence[ImageSource]) -> dict[int, EncodedImage]:
         """The others. Every URL is checked before the first one is dialled. Raises ImageError."""
@@ -53,8 +53,8 @@ class ImageLoader:
                 return accept_bytes(await self._fetcher.fetch(target), self._limits)
 
         remote = {number: str(source) for number, source in enumerate(sources) if is_remote(source)}
-        targets = await _all_at_once(look_up, remote, of=len(sources))
-        return await _all_at_once(fetch, targets, of=len(sources))
+        targets = await all_at_once(look_up, remote, of=len(sources))
+        return await all_at_once(fetch, targets, of=len(sources))
 
     async def _read(self, source: ImageSource) -> EncodedImage:
         if isinstance(source, Image.Image):
@@ -94,7 +94,7 @@ async def off_loop(size: int, function: Callable[P, T], *args: P.args, **kwargs:
     return await asyncio.to_thread(function, *args, **kwargs)
 
 
-async def _all_at_once(work: Callable[[S], Coroutine[Any, Any, T]], items: Mapping[int, S], *, of: int) -> dict[int, T]:
+async def all_at_once(work: Callable[[S], Coroutine[Any, Any, T]], items: Mapping[int, S], *, of: int) -> dict[int, T]:
     """What `work` makes of each item, by its number; the first that fails ends the others."""
 
     async def one(number: int, item: S) -> T:

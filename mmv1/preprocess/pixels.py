@@ -1,4 +1,5 @@
-"""Pixels by hash: answers the core's PixelRequests from the slab, the shared store or the pool, each picture's work done once.
+"""Pixels by hash: answers the core's PixelRequests, and whoever asks in this process, from the slab, the shared store or the
+pool, each picture's work done once.
 
 The order slab -> store -> pool stands in `request` and `_fill`. One event loop, one owner: the ledger, the tickets and the jobs
 all live here.
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 
 from mmv1.errors import EngineError, ImageError
 from mmv1.log import logger
+from mmv1.preprocess.crop import CropRules
 from mmv1.preprocess.layout import ImagePlace
 from mmv1.preprocess.media import EncodedImage
 from mmv1.preprocess.pool import PreprocessPool
-from mmv1.preprocess.pool_messages import DecodeJob
+from mmv1.preprocess.pool_messages import CropJob, DecodeJob, PatchJob
 from mmv1.preprocess.slab import SlabLedger
 from mmv1.preprocess.store import SharedStore
 from mmv1.preprocess.timings import StageTimings
@@ -24,6 +26,7 @@ from mmv1.types import FeatureFailed, FeatureReady, PixelRequest, SlabShort
 
 SendFeature = Callable[[FeatureReady | FeatureFailed | SlabShort], None]
 
+_INTERNAL_ERROR = "internal_error"  # code of a FeatureFailed that is no fault of the picture
 _CLOSING_PATIENCE_S = 1.0
 _PATIENCE_S = 0.2  # a picture waits so long for room in the slab before the core is told
 
@@ -41,7 +44,25 @@ class PatchRules:
 class _Picture:
     image: EncodedImage
     place: ImagePlace
+    rules: PatchRules | CropRules
     num_references: int = 0
+
+    def job(self, job_id: int, offset: int) -> DecodeJob:
+        """Its work for the pool, which writes at `offset` of the slab."""
+        place, rules = self.place, self.rules
+        if isinstance(rules, CropRules):
+            return CropJob(job_id=job_id, header=self.image.header, rules=rules, offset=offset, nbytes=place.nbytes)
+        return PatchJob(
+            job_id=job_id,
+            header=self.image.header,
+            resized_height=place.resized_height,
+            resized_width=place.resized_width,
+            patch_size=rules.patch_size,
+            merge_size=rules.merge_size,
+            resample=rules.resample,
+            offset=offset,
+            nbytes=place.nbytes,
+        )
 
 
 @dataclass(eq=False, slots=True)
@@ -64,25 +85,25 @@ class PixelService:
     For the core a picture is in one of three states: nothing; awaited, with the ticket of the newest request; held, its slot
     pinned once for the core however often it was asked for. `release` ends both. A job pins its slot too, so that a worker
     never writes where something else lies, whatever the core has decided meanwhile; and so does a picture that is being kept
-    in the store. `store` None: there is none.
+    in the store. `store` None: there is none. `hold` is the core's place taken by somebody in this process; a picture that one
+    of the two asks for is never asked for by the other, for their rules, and so their hashes, differ.
     """
 
     def __init__(
         self,
         *,
-        rules: PatchRules,
         ledger: SlabLedger,
         pool: PreprocessPool,
         store: SharedStore | None,
         timings: StageTimings,
         send: SendFeature,
     ) -> None:
-        self._rules = rules
         self._ledger = ledger
         self._pool = pool
         self._store = store
         self._timings = timings
-        self._send = send
+        self._send_to_core = send
+        self._holders: dict[bytes, asyncio.Future[tuple[int, int]]] = {}  # who waits in `hold`
         self._pictures: dict[bytes, _Picture] = {}
         self._awaited: dict[bytes, int] = {}  # mm_hash -> ticket
         self._held: dict[bytes, tuple[int, int]] = {}  # mm_hash -> (offset, nbytes)
@@ -105,9 +126,11 @@ class PixelService:
         """Pictures on their way into the slab."""
         return len(self._jobs)
 
-    def add_reference(self, mm_hash: bytes, image: EncodedImage, place: ImagePlace) -> None:
+    def add_reference(
+        self, mm_hash: bytes, image: EncodedImage, place: ImagePlace, rules: PatchRules | CropRules
+    ) -> None:
         """Keep a picture's encoded bytes as long as somebody refers to it: its pixels may be asked for at any time."""
-        self._pictures.setdefault(mm_hash, _Picture(image, place)).num_references += 1
+        self._pictures.setdefault(mm_hash, _Picture(image, place, rules)).num_references += 1
 
     def drop_reference(self, mm_hash: bytes) -> None:
         picture = self._pictures[mm_hash]
@@ -135,6 +158,32 @@ class PixelService:
             return
         self._awaited[mm_hash] = ticket
         self._start_job(mm_hash, picture)
+
+    async def hold(self, mm_hash: bytes) -> tuple[int, int]:
+        """For somebody in this process: where the pixels lie, (offset, nbytes), pinned until `release`. One at a time for each
+        picture, which must be referred to. Cancelled, nothing is held. Raises ImageError, EngineError."""
+        answer = self._holders[mm_hash] = asyncio.get_running_loop().create_future()
+        try:
+            self.request(PixelRequest(mm_hash, ticket=0))
+            return await answer
+        except asyncio.CancelledError:
+            self.release(mm_hash)
+            raise
+        finally:
+            del self._holders[mm_hash]
+
+    def _send(self, message: FeatureReady | FeatureFailed | SlabShort) -> None:
+        """To the core, unless it is the answer to somebody here."""
+        if isinstance(message, SlabShort) or (answer := self._holders.get(message.mm_hash)) is None:
+            self._send_to_core(message)
+        elif answer.done():  # cancelled just now; `hold` releases what it was to get
+            return
+        elif isinstance(message, FeatureReady):
+            answer.set_result((message.offset, message.nbytes))
+        elif message.code == _INTERNAL_ERROR:
+            answer.set_exception(EngineError(message.message))
+        else:
+            answer.set_exception(ImageError(message.message, code=message.code))
 
     def release(self, mm_hash: bytes) -> None:
         """The core no longer holds or awaits this picture. A job no worker has yet is withdrawn; one that a worker has runs
@@ -202,7 +251,7 @@ class PixelService:
         except Exception as error:
             if not isinstance(error, EngineError):  # the pool has ended, and has said so
                 logger.exception("Having a picture processed failed")
-            self._failed(mm_hash, "the image could not be processed: the server is failing", "internal_error")
+            self._failed(mm_hash, "the image could not be processed: the server is failing", _INTERNAL_ERROR)
         else:
             if is_new:
                 self._keep(mm_hash, job.picture, offset)
@@ -211,11 +260,10 @@ class PixelService:
     async def _fill(self, mm_hash: bytes, job: _Job, offset: int) -> bool:
         """The patches from the store, else from the pool: whether they are new to the store. Raises ImageError, EngineError;
         _UnwantedError when the core no longer wants them and nothing has been done yet."""
-        image, place = job.picture.image, job.picture.place
         store = self._store_for(job.picture)
         if store is not None:
             started = time.perf_counter()
-            found = await store.load(mm_hash, place, offset, lambda: mm_hash in self._awaited)
+            found = await store.load(mm_hash, job.picture.place, offset, lambda: mm_hash in self._awaited)
             self._timings.observe("store_get", time.perf_counter() - started)
             if found:
                 self.num_store_hits += 1
@@ -223,19 +271,8 @@ class PixelService:
             if mm_hash not in self._awaited:  # released meanwhile
                 store.drop_lease(mm_hash)
                 raise _UnwantedError
-        decode = DecodeJob(
-            job_id=job.job_id,
-            header=image.header,
-            resized_height=place.resized_height,
-            resized_width=place.resized_width,
-            patch_size=self._rules.patch_size,
-            merge_size=self._rules.merge_size,
-            resample=self._rules.resample,
-            offset=offset,
-            nbytes=place.nbytes,
-        )
         try:
-            times = await self._pool.submit(decode, image.data)
+            times = await self._pool.submit(job.picture.job(job.job_id, offset), job.picture.image.data)
         except BaseException:  # a withdrawal's cancellation too
             if store is not None:
                 store.drop_lease(mm_hash)

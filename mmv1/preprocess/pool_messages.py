@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from mmv1.preprocess.crop import CropRules
 from mmv1.preprocess.header import ImageHeader
 
 
@@ -18,18 +19,32 @@ class JobTimes(NamedTuple):
     resize_s: float  # cutting into patches included
 
 
-class DecodeJob(msgspec.Struct, frozen=True, kw_only=True):
-    """Make patches of the encoded bytes in the payload frame and write them at [offset, offset + nbytes) of the slab."""
+class _Job(msgspec.Struct, frozen=True, kw_only=True):
+    """Decode the bytes in the payload frame and write what becomes of them at [offset, offset + nbytes) of the slab."""
 
     job_id: int
     header: ImageHeader
+    offset: int
+    nbytes: int
+
+
+class PatchJob(_Job, frozen=True, kw_only=True, tag="patches"):
+    """Patches, for a vision tower of a language model."""
+
     resized_height: int
     resized_width: int
     patch_size: int
     merge_size: int
     resample: str
-    offset: int
-    nbytes: int
+
+
+class CropJob(_Job, frozen=True, kw_only=True, tag="crop"):
+    """Lines of pixels, for a CLIP model."""
+
+    rules: CropRules
+
+
+DecodeJob = PatchJob | CropJob
 
 
 class WorkerReady(msgspec.Struct, frozen=True, tag="ready"):

@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import httpx
 
 from mmv1.api.server import create_app
+from mmv1.api.settings import ServerSettings
 from mmv1.config import EngineArgs, resolve
 from mmv1.engine.output_processor import CompletionOutput, PositionLogprobs, RequestOutput, TokenLogprob
 from mmv1.errors import EngineDeadError, ShuttingDownError
-from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.preprocess.pictures import PreprocessStats
 from mmv1.preprocess.prompt import Message
 from mmv1.preprocess.timings import StageTimings
 from mmv1.types import EngineReady, SamplingParams, SchedulerStats
+from tests.api.fake_embedder import FakeEmbedder
 
 MODEL = "fake-model"
 PIECES = ("Hello", ", ", "wörld 😀", "!")
@@ -97,9 +99,10 @@ class FakeLLM:
         return self.scheduler_stats
 
 
-def client_of(llm: FakeLLM) -> httpx.AsyncClient:
+def client_of(llm: FakeLLM | None, embedder: FakeEmbedder | None = None, **settings: object) -> httpx.AsyncClient:
     """In this process, without a socket."""
-    transport = httpx.ASGITransport(create_app(llm), raise_app_exceptions=False)
+    app = create_app(llm, ServerSettings(**settings), embedder=embedder)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.preprocess.pictures import PreprocessStats
 from mmv1.preprocess.timings import STAGES
 from mmv1.types import SchedulerStats
+from tests.api.fake_embedder import FakeEmbedder
 from tests.api.fake_llm import MODEL, FakeLLM, body, client_of
 
 
@@ -69,10 +70,10 @@ def test_an_aborted_request_is_counted(llm: FakeLLM) -> None:
     asyncio.run(main())
 
 
-def scrape_once(llm: FakeLLM) -> str:
+def scrape_once(llm: FakeLLM, embedder: FakeEmbedder | None = None) -> str:
     """/metrics, after one answer: a counter with a label of its own is there from its first count on."""
     async def main() -> str:
-        async with client_of(llm) as client:
+        async with client_of(llm, embedder) as client:
             await client.post("/v1/chat/completions", json=body())
             return (await client.get("/metrics")).text
 
@@ -109,7 +110,7 @@ def test_levels_and_the_shared_store(llm: FakeLLM) -> None:
 def test_the_page_about_metrics_has_each_of_them(llm: FakeLLM) -> None:
     """Its name, type and label; the library adds, unasked, when each of its own began to count."""
     served = {}
-    for family in text_string_to_metric_families(scrape_once(llm)):
+    for family in text_string_to_metric_families(scrape_once(llm, FakeEmbedder())):
         if family.name.endswith("_created"):
             continue
         labels = {label for sample in family.samples for label in sample.labels} - {"model_name", "le"}

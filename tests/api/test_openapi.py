@@ -20,9 +20,10 @@ _EXAMPLES = 80  # of each operation
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tiny_model_dir: Path, tiny_clip: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("openapi")
-    with serving(make_tool_model(tiny_model_dir, folder / "model"), folder, "--max-model-len", "64") as started:
+    options = ("--max-model-len", "64", "--embedding-model", tiny_clip)
+    with serving(make_tool_model(tiny_model_dir, folder / "model"), folder, *options) as started:
         yield started
 
 
@@ -31,6 +32,7 @@ def server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 def test_no_request_breaks_the_server(server: Server, mode: GenerationMode) -> None:
     document = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     statuses: Counter[int] = Counter()
+    answered: Counter[str] = Counter()
     for result in document.get_all_operations():
         operation = result.ok()
         if not operation.body and mode is GenerationMode.NEGATIVE:
@@ -41,11 +43,13 @@ def test_no_request_breaks_the_server(server: Server, mode: GenerationMode) -> N
         @given(case=operation.as_strategy(generation_mode=mode))
         def try_it(case: Case) -> None:
             if isinstance(case.body, dict) and mode is GenerationMode.POSITIVE:
-                case.body["model"] = "tiny"  # another name would be refused before anything else is looked at
+                # Another name would be refused before anything else is looked at.
+                case.body["model"] = "tiny-clip" if case.path == "/v1/embeddings" else "tiny"
             while True:
                 response = case.call()
                 assert response.status_code < 500, response.text
                 statuses[response.status_code] += 1
+                answered[case.path] += response.status_code == 200
                 if mode is GenerationMode.NEGATIVE or response.status_code != 400 or not isinstance(case.body, dict):
                     break
                 param = re.split(r"[.\[]", response.json()["error"]["param"] or "")[0]
@@ -54,6 +58,7 @@ def test_no_request_breaks_the_server(server: Server, mode: GenerationMode) -> N
 
         try_it()
     assert statuses[200 if mode is GenerationMode.POSITIVE else 400] >= _EXAMPLES // 4, statuses
+    assert mode is GenerationMode.NEGATIVE or answered["/v1/embeddings"] >= _EXAMPLES // 10, answered
 
 
 def test_every_operation_and_body_is_in_the_document(server: Server) -> None:
@@ -66,6 +71,7 @@ def test_every_operation_and_body_is_in_the_document(server: Server) -> None:
     assert bodies.items() >= {
         "/v1/chat/completions": "ChatCompletionRequest",
         "/v1/completions": "CompletionRequest",
+        "/v1/embeddings": "EmbeddingRequest",
         "/tokenize": "TokenizeRequest",
         "/detokenize": "DetokenizeRequest",
     }.items()

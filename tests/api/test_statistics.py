@@ -9,7 +9,7 @@ import pytest
 
 from mmv1.api import server
 from mmv1.api.statistics import BottleneckLine, StatisticsLine
-from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.preprocess.pictures import PreprocessStats
 from mmv1.preprocess.timings import STAGES, Stage, StageTimings
 from mmv1.types import SchedulerStats
 from tests.api.fake_llm import FakeLLM

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import os
 import signal
 import sys
@@ -23,25 +22,6 @@ T = TypeVar("T")
 pytestmark = pytest.mark.slow  # open_clip is imported, here and in the process
 
 CAPTIONS = ["a red square", "a photograph of a very long train " * 20, "étoile bleue", ""]
-ARCHITECTURE = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-}
-
-
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """NAME:WEIGHTS of an architecture of our own."""
-    import open_clip
-    import torch
-
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "tiny-clip.json").write_text(json.dumps(ARCHITECTURE))
-    open_clip.add_model_config(folder / "tiny-clip.json")
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model("tiny-clip").state_dict(), folder / "tiny.pt")
-    return f"{folder / 'tiny-clip.json'}:{folder / 'tiny.pt'}"
 
 
 def inside(scorer: ClipScorer, work: Callable[[], Awaitable[T]]) -> T:
@@ -61,6 +41,7 @@ def reference(model: str, picture: bytes) -> list[float]:
     import open_clip
     import torch
 
+    open_clip.add_model_config(model.partition(":")[0])
     net, _, preprocess = open_clip.create_model_and_transforms("tiny-clip", pretrained=model.partition(":")[2])
     net.eval()
     with torch.no_grad():
@@ -93,7 +74,7 @@ def test_scores_are_those_of_open_clip_and_a_process_that_ends_is_an_error(tiny_
     for picture, scores in zip(pictures, found, strict=True):
         assert scores == pytest.approx(reference(tiny_clip, picture), abs=1e-5)
     assert len({tuple(scores) for scores in found}) == len(pictures) and any(max(scores) > 0.1 for scores in found)
-    assert not scorer._runtime_dir.exists()
+    assert not scorer._process._runtime_dir.exists()
 
 
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
@@ -103,7 +84,7 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
         try:
             with pytest.raises(ConfigError, match="knows no architecture 'no-such-clip'"):
                 await scorer.wait_ready()
-            return await asyncio.wait_for(scorer._process.wait(), 60)
+            return await asyncio.wait_for(scorer._process.wait_ended(), 60)
         finally:
             await scorer.close()
 

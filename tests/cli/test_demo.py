@@ -12,7 +12,7 @@ import pytest
 from mmv1.cli import demo
 from mmv1.config import EngineArgs
 from mmv1.errors import ConfigError, EngineError
-from mmv1.preprocess.preprocessor import PreprocessStats
+from mmv1.preprocess.pictures import PreprocessStats
 from mmv1.types import SchedulerStats
 from tests.cli.command import ROOT, mmv1
 

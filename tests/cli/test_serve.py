@@ -35,6 +35,10 @@ from tests.integration.server import serving
         (["--ssl-certfile", "/no/cert.pem", "--ssl-keyfile", "/no/key.pem"], ["--ssl-certfile", "No such file"]),
         (["--ssl-certfile", __file__, "--ssl-keyfile", __file__], ["--ssl-certfile", "cannot be used"]),
         (["--mm-processor-kwargs", '{"do_resize": false}'], ["--mm-processor-kwargs", "do_resize"]),
+        (["--embedding-model", "ViT-B-32"], ["--embedding-model ViT-B-32 must have the form NAME:WEIGHTS"]),
+        (["--embedding-model", "a:b", "--embedding-cache-bytes", "-1"], ["--embedding-cache-bytes -1 must be at least 0"]),
+        (["--runner", "pooling"], ["--runner pooling", "--embedding-model NAME:WEIGHTS"]),
+        (["--runner", "pooling", "--embedding-model", "a:b"], ["--runner pooling serves no language model: leave", "out"]),
     ],
 )
 def test_settings_that_cannot_work_are_one_sentence(arguments: list[str], words: list[str], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 START_TIMEOUT_S = 120.0
 ENGINE = "mmv1.engine.core_process"
 POOL = "mmv1.preprocess.pool_process"
+CLIP = "mmv1.embedding.clip_process"
 MAX_NUM_SEQS = 4  # of the server that all tests share
 TEXT = "What is in this picture?"
 
@@ -90,9 +91,9 @@ def listening_tcp_ports(pid: int) -> set[int]:
 class Server:
     """A running server. `log` is what it has written so far."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log_path: Path, model_dir: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log_path: Path, model_dir: Path | None) -> None:
         self.process = process
-        self.model_dir = model_dir
+        self.model_dir = model_dir or Path()
         self._log_path = log_path
         self.port = 0
         self.started: list[int] = []  # the processes below it, as of when it was ready
@@ -147,12 +148,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model_dir: Path, folder: Path, *options: str) -> Iterator[Server]:
-    """`mmv1 serve MODEL_DIR` on a free port; ended, with all that came from it, at the end."""
+def serving(model_dir: Path | None, folder: Path, *options: str) -> Iterator[Server]:
+    """`mmv1 serve MODEL_DIR` (None: without one) on a free port; ended, with all that came from it, at the end."""
+    model = [] if model_dir is None else [str(model_dir)]
     log_path = folder / "server.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mmv1", "serve", str(model_dir), "--port", "0", "--served-model-name", "tiny", *options],
+            [sys.executable, "-m", "mmv1", "serve", *model, "--port", "0", "--served-model-name", "tiny", *options],
             stdout=log,
             stderr=log,
             cwd=folder,

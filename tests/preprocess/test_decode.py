@@ -14,7 +14,7 @@ from mmv1.errors import ImageError
 from mmv1.preprocess.decode import decode_into, decode_rgb, resize, write_patches
 from mmv1.preprocess.header import ImageHeader, probe_header
 from mmv1.preprocess.layout import Qwen2VLLayout
-from mmv1.preprocess.pool_messages import DecodeJob
+from mmv1.preprocess.pool_messages import PatchJob
 from tests.pictures import make_image, make_pil
 
 IDS = {"image_token_id": 1, "video_token_id": 2}
@@ -25,7 +25,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", *EXTRA_FORMATS)
 
 def decode_job(header, offset=0, job_id=0, layout=LAYOUT):
     place = layout.place(header.width, header.height)
-    return DecodeJob(
+    return PatchJob(
         job_id=job_id, header=header, resized_height=place.resized_height, resized_width=place.resized_width,
         patch_size=14, merge_size=2, resample="bicubic", offset=offset, nbytes=place.nbytes,
     )  # fmt: skip

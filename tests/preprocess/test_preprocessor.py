@@ -101,7 +101,7 @@ class Harness:
         """Until no job is under way."""
 
         async def wait():
-            while self.pre._pixels.num_jobs:
+            while self.pre.pictures.pixels.num_jobs:
                 await asyncio.sleep(0.002)
 
         self.run(wait())
@@ -111,7 +111,7 @@ class Harness:
             return slab[ready.offset : ready.offset + ready.nbytes]
 
     def workers(self):
-        return children(self.pre._pool.pid)
+        return children(self.pre.pictures._pool.pid)
 
     def close(self):
         self.run(self.pre.close())
@@ -133,12 +133,12 @@ def harness(shared):
     yield shared
     for request_id in list(shared.pre._requests):
         shared.pre.release_request(request_id)
-    for mm_hash in [*shared.pre._pixels._held, *shared.pre._pixels._awaited]:
+    for mm_hash in [*shared.pre.pictures.pixels._held, *shared.pre.pictures.pixels._awaited]:
         shared.release(mm_hash)
     shared.settle()
     stats = shared.pre.stats()
     assert (stats.encoded_bytes, stats.slab_pinned_bytes, stats.num_waiting_for_slab) == (0, 0, 0)
-    shared.pre._ledger.check_integrity()
+    shared.pre.pictures._ledger.check_integrity()
 
 
 def test_a_prompt_is_ready_before_anything_is_decoded(harness):
@@ -288,7 +288,7 @@ def test_released_before_the_answer_no_answer(harness):
     harness.settle()
     assert harness.sent == []
     assert harness.pre.stats().num_decodes - before.num_decodes == 4
-    assert [feature.mm_hash in harness.pre._ledger for feature in features] == [True] * 4 + [False] * 2
+    assert [feature.mm_hash in harness.pre.pictures._ledger for feature in features] == [True] * 4 + [False] * 2
     ticket = harness.request(features[5].mm_hash)
     [ready] = harness.answers()
     assert ready.ticket == ticket
@@ -342,7 +342,7 @@ def test_damaged_pictures_fail_when_asked_for_and_the_next_is_fine(harness):
         assert isinstance(failed, FeatureFailed)
         assert (failed.mm_hash, failed.ticket, failed.code) == (feature.mm_hash, ticket, "invalid_image")
         assert "0x" not in failed.message and "/" not in failed.message
-        assert feature.mm_hash not in harness.pre._ledger
+        assert feature.mm_hash not in harness.pre.pictures._ledger
     feature = harness.prepare(good).mm_features[0]
     harness.request(feature.mm_hash)
     assert isinstance(harness.answers()[0], FeatureReady)
@@ -446,7 +446,7 @@ def test_large_payloads_leave_the_event_loop(harness, monkeypatch):
         return call
 
     monkeypatch.setattr(module, "parse_data_url", recorded("parse", module.parse_data_url))
-    monkeypatch.setattr(harness.pre._hasher, "mm_hash", recorded("hash", harness.pre._hasher.mm_hash))
+    monkeypatch.setattr(harness.pre.pictures._hasher, "mm_hash", recorded("hash", harness.pre.pictures._hasher.mm_hash))
     small = make_image(100, 100)
     harness.prepare(data_url(small))
     assert threads == {"parse": True, "hash": True}
@@ -499,7 +499,7 @@ def test_a_full_slab_makes_pictures_wait_their_turn(tiny_model_dir):
         for mm_hash in order:
             harness.release(mm_hash)
         assert harness.pre.stats().slab_pinned_bytes == 0
-        harness.pre._ledger.check_integrity()
+        harness.pre.pictures._ledger.check_integrity()
     finally:
         harness.close()
 
@@ -523,7 +523,7 @@ def test_an_unexpected_failure_is_answered(harness, monkeypatch, caplog):
 
     feature = harness.prepare(make_image(303, 200)).mm_features[0]
     with monkeypatch.context() as patched:
-        patched.setattr(harness.pre._pool, "submit", broken)
+        patched.setattr(harness.pre.pictures._pool, "submit", broken)
         ticket = harness.request(feature.mm_hash)
         assert [(a.ticket, a.code) for a in harness.answers()] == [(ticket, "internal_error")]
     assert "Having a picture processed failed" in caplog.text
@@ -541,7 +541,7 @@ def test_the_time_of_concurrent_jobs_adds_up(harness, monkeypatch):
     features = [harness.prepare(make_image(100, 100, seed)).mm_features[0] for seed in range(80, 85)]
     before = harness.pre.stats().decode_seconds
     with monkeypatch.context() as patched:
-        patched.setattr(harness.pre._pool, "submit", submit)
+        patched.setattr(harness.pre.pictures._pool, "submit", submit)
         for feature in features:
             harness.request(feature.mm_hash)
         harness.run(_until(lambda: len(jobs) == 5))
@@ -564,8 +564,8 @@ def test_a_request_fetches_few_pictures_at_once(harness, monkeypatch):
         now[0] -= 1
         return make_image(60, 60)
 
-    monkeypatch.setattr(harness.pre._fetcher, "look_up", look_up)
-    monkeypatch.setattr(harness.pre._fetcher, "fetch", fetch)
+    monkeypatch.setattr(harness.pre.pictures._fetcher, "look_up", look_up)
+    monkeypatch.setattr(harness.pre.pictures._fetcher, "fetch", fetch)
     monkeypatch.setattr(harness.pre, "_max_images", 20)
     parts = [ImagePart("http://a.example/x")] * 20
     prepared = harness.run(harness.pre.prepare_chat("many", [Message("user", parts)]))
@@ -578,7 +578,7 @@ def test_the_end_of_the_pool_is_told_and_pixels_fail(tiny_model_dir):
     harness = Harness(tiny_model_dir)
     feature = harness.prepare(make_image(100, 100)).mm_features[0]
     harness.run(harness.pre.wait_ready())
-    os.kill(harness.pre._pool.pid, signal.SIGKILL)
+    os.kill(harness.pre.pictures._pool.pid, signal.SIGKILL)
     harness.run(_until(lambda: harness.failures))
     assert len(harness.failures) == 1
     ticket = harness.request(feature.mm_hash)

@@ -57,12 +57,12 @@ def pair(shared_pair, redis):
         server.before = server.pre.stats()
     yield shared_pair
     for server in shared_pair:
-        for mm_hash in [*server.pre._pixels._held, *server.pre._pixels._awaited]:
+        for mm_hash in [*server.pre.pictures.pixels._held, *server.pre.pictures.pixels._awaited]:
             server.release(mm_hash)
         server.settle()
-        server.run(until(lambda server=server: not server.pre._pixels._saves))
+        server.run(until(lambda server=server: not server.pre.pictures.pixels._saves))
         assert server.pre.stats().slab_pinned_bytes == 0
-        server.pre._ledger.check_integrity()
+        server.pre.pictures._ledger.check_integrity()
 
 
 def since(server, *names):
@@ -98,7 +98,7 @@ def wait_for_saves(server, count=1):
 
 
 def store_pid(server):
-    (pid,) = [pid for pid in children(os.getpid()) if pid == server.pre._store._process.pid]
+    (pid,) = [pid for pid in children(os.getpid()) if pid == server.pre.pictures._store._process.pid]
     return pid
 
 
@@ -142,7 +142,8 @@ def test_two_servers_want_a_new_picture_at_once(pair):
 
         def run(index, url=url, results=results):
             results[index] = ask(pair[index], url)
-            pair[index].run(until(lambda: not pair[index].pre._pixels._saves))  # its loop runs no longer than it is told to
+            pixels = pair[index].pre.pictures.pixels
+            pair[index].run(until(lambda: not pixels._saves))  # its loop runs no longer than it is told to
 
         threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
         for thread in threads:
@@ -188,7 +189,7 @@ def test_released_while_looked_up(pair, redis):
     redis.suspend()
     (feature,) = server.prepare(url).mm_features
     server.request(feature.mm_hash)
-    server.run(until(lambda: server.pre._pixels.num_jobs == 1))
+    server.run(until(lambda: server.pre.pictures.pixels.num_jobs == 1))
     server.release(feature.mm_hash)
     server.settle()
     redis.resume()
@@ -242,7 +243,7 @@ def test_a_store_process_that_cannot_be_started_is_tried_again(pair, monkeypatch
 def test_the_last_words_of_a_dead_store_process_are_not_believed(pair):
     """They may be read after its end has been noticed: nobody may be sent to it then."""
     server, _ = pair
-    store, url = server.pre._store, picture()
+    store, url = server.pre.pictures._store, picture()
     last_words = StoreState(store._settings.generation, True)
     os.kill(store_pid(server), signal.SIGKILL)
     server.run(until(lambda: not store.is_up))
@@ -309,7 +310,7 @@ def test_away_from_the_start_small_pictures_and_the_process_ends(make, redis):
     wait_for_saves(server)
     assert since(server, "store_misses", "store_saves") == (1, 1) and len(redis.client().keys()) == 2
     pid = store_pid(server)
-    server.run(server.pre._store.close())
+    server.run(server.pre.pictures._store.close())
     wait_until(lambda: not is_alive(pid))
 
 
@@ -331,7 +332,7 @@ def test_secrets(make, redis):
     assert ask(servers[1], url) == wanted and since(servers[1], "decodes") == (0,)
     mm_hash, pixels = ask(servers[2], url)
     assert pixels == wanted[1] and mm_hash != wanted[0] and since(servers[2], "decodes") == (1,)
-    for pid in (store_pid(servers[0]), servers[0].pre._pool.pid, *servers[0].workers()):
+    for pid in (store_pid(servers[0]), servers[0].pre.pictures._pool.pid, *servers[0].workers()):
         with open(f"/proc/{pid}/cmdline", "rb") as command:
             line = command.read()
         assert b"mmv1.preprocess" in line and b"hunter2" not in line and b"ssss" not in line
