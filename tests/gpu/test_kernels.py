@@ -1,5 +1,6 @@
-"""The contract of tests/kernels at the sizes of Qwen2.5-VL's models (7B and 3B, and their vision tower), in bfloat16 on the
-device: plain torch there, and the fused kernels, whose numbers are moreover those of transformers' separate operations."""
+"""The contract of tests/kernels at the sizes of Qwen2-VL's, Qwen2.5-VL's and Qwen3-VL's models and of their vision towers, in
+bfloat16 on the device: plain torch there, and the fused kernels, whose numbers are moreover those of transformers' separate
+operations."""
 
 from __future__ import annotations
 
@@ -44,6 +45,15 @@ def test_norms(setting: Setting, rows: int, width: int) -> None:
         contract.check_add_rms_norm_of_parts(setting, parts, rows, width)
 
 
+@pytest.mark.parametrize("width", [1152, 1280, 4608])
+@pytest.mark.parametrize("rows", ROWS)
+def test_layer_norms(setting: Setting, rows: int, width: int) -> None:
+    contract.check_layer_norm(setting, rows, width)
+    contract.check_add_layer_norm(setting, rows, width)
+    for parts in (1, 2, 7):
+        contract.check_add_layer_norm_of_parts(setting, parts, rows, width)
+
+
 @pytest.mark.parametrize("width", [18944, 11008, 3456])
 @pytest.mark.parametrize("rows", ROWS)
 def test_silu_and_mul(setting: Setting, rows: int, width: int) -> None:
@@ -63,10 +73,11 @@ def test_rotate_in_place(setting: Setting, rows: int) -> None:
     contract.check_rotate_(setting, rows, 32, 80)
 
 
+@pytest.mark.parametrize("levels", [1, 4])
 @pytest.mark.parametrize("width", HIDDEN[:2])
 @pytest.mark.parametrize("rows", ROWS)
-def test_embed(setting: Setting, rows: int, width: int) -> None:
-    contract.check_embed(setting, rows, 152064, width)
+def test_embed(setting: Setting, rows: int, width: int, levels: int) -> None:
+    contract.check_embed(setting, rows, 152064, width, levels)
 
 
 @pytest.mark.parametrize("padded_width", [588, 592])

@@ -52,6 +52,11 @@ def main() -> None:
     fused.rms_norm(x, weight, 1e-6)
     fused.add_rms_norm(x, x, weight, 1e-6)
     fused.add_rms_norm(random(7, 3, 3584, dtype=torch.float32), x, weight, 1e-6)
+    vision, vision_weight = random(8, 1152), random(1152)  # of Qwen3-VL's towers
+    fused.layer_norm(vision, vision_weight, vision_weight, 1e-6)
+    fused.layer_norm(random(2, 4608), random(4608), random(4608), 1e-6)
+    fused.add_layer_norm(vision, vision, vision_weight, vision_weight, 1e-6)
+    fused.add_layer_norm(random(2, 8, 1152, dtype=torch.float32), vision, vision_weight, vision_weight, 1e-6)
     fused.silu_and_mul(random(3, 2 * 18944))
     slots, cache = torch.zeros(3, dtype=torch.int32), random(2, 4, 16, 4, 128)
     for norm in (None, random(128)):
@@ -59,6 +64,7 @@ def main() -> None:
     angles = random(8, 40, dtype=torch.float32)
     fused.rotate_(random(8, 48, 80)[:, :32], angles, angles)
     fused.embed(slots, random(100, 3584), slots, random(7, 3584))
+    fused.embed(slots, random(100, 2048), slots, random(7, 4 * 2048))
     scale = torch.ones(3)
     fused.normalize_patches(random(8, 588, dtype=torch.uint8), torch.arange(2), 4, scale, scale, 592, torch.bfloat16)
     for rows, width in ((4608, 3584), (3584, 18944), (37888, 2048)):
