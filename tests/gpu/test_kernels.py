@@ -60,6 +60,12 @@ def test_silu_and_mul(setting: Setting, rows: int, width: int) -> None:
     contract.check_silu_and_mul(setting, rows, width)
 
 
+@pytest.mark.parametrize("width", [5120, 3456])
+@pytest.mark.parametrize("rows", ROWS)
+def test_quick_gelu(setting: Setting, rows: int, width: int) -> None:
+    contract.check_quick_gelu(setting, rows, width)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(28, 4), (16, 2), (16, 4), (28, 8)])
 @pytest.mark.parametrize("rows", ROWS)
@@ -78,6 +84,12 @@ def test_rotate_in_place(setting: Setting, rows: int) -> None:
 @pytest.mark.parametrize("rows", ROWS)
 def test_embed(setting: Setting, rows: int, width: int, levels: int) -> None:
     contract.check_embed(setting, rows, 152064, width, levels)
+
+
+@pytest.mark.parametrize("width", [1152, 1024])
+@pytest.mark.parametrize("rows", ROWS)
+def test_add_interpolated(setting: Setting, rows: int, width: int) -> None:
+    contract.check_add_interpolated(setting, rows, 2304, width)
 
 
 @pytest.mark.parametrize("padded_width", [588, 592])

@@ -58,6 +58,7 @@ def main() -> None:
     fused.add_layer_norm(vision, vision, vision_weight, vision_weight, 1e-6)
     fused.add_layer_norm(random(2, 8, 1152, dtype=torch.float32), vision, vision_weight, vision_weight, 1e-6)
     fused.silu_and_mul(random(3, 2 * 18944))
+    fused.quick_gelu(random(8, 5120))
     slots, cache = torch.zeros(3, dtype=torch.int32), random(2, 4, 16, 4, 128)
     for norm in (None, random(128)):
         fused.rotate_and_store(random(3, 36, 128), 4, random(3, 64), random(3, 64), slots, cache, norm, norm, 1e-6)
@@ -65,6 +66,7 @@ def main() -> None:
     fused.rotate_(random(8, 48, 80)[:, :32], angles, angles)
     fused.embed(slots, random(100, 3584), slots, random(7, 3584))
     fused.embed(slots, random(100, 2048), slots, random(7, 4 * 2048))
+    fused.add_interpolated(vision, random(2304, 1152), torch.zeros(8, 4, dtype=torch.int64), torch.ones(8, 4))
     scale = torch.ones(3)
     fused.normalize_patches(random(8, 588, dtype=torch.uint8), torch.arange(2), 4, scale, scale, 592, torch.bfloat16)
     for rows, width in ((4608, 3584), (3584, 18944), (37888, 2048)):

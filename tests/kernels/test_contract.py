@@ -115,6 +115,7 @@ def test_no_tokens_at_all(ops: object) -> None:
     assert ops.silu_and_mul(x).shape == (0, 4)  # type: ignore[attr-defined]
     assert [t.shape for t in ops.add_rms_norm(x, x, weight, 1e-6)] == [(0, 8)] * 2  # type: ignore[attr-defined]
     assert ops.layer_norm(x, weight, weight, 1e-6).shape == (0, 8)  # type: ignore[attr-defined]
+    assert ops.quick_gelu(x).shape == (0, 8)  # type: ignore[attr-defined]
     assert [t.shape for t in ops.add_layer_norm(x, x, weight, weight, 1e-6)] == [(0, 8)] * 2  # type: ignore[attr-defined]
 
 
