@@ -75,7 +75,20 @@ def main() -> None:
             skinny_linear(tokens, matrix, random(rows), skinny_config(rows, partial=False)._replace(split_k=split))
         skinny_partial(tokens, matrix, skinny_config(rows, partial=True))
     gumbel_argmax(random(3, 152064), torch.ones(3), torch.zeros(3, dtype=torch.int64))
+    compile_experts()
     compile_attention()
+
+
+def compile_experts() -> None:
+    """Of Qwen3-30B-A3B: every tile; where a block takes all tokens, and where they are sorted; in float32 too."""
+    for num_experts, top_k in ((128, 8), (512, 10)):
+        fused.route(random(3, num_experts), top_k, True)
+    gate_up, down = random(128, 2 * 768, 2048), random(128, 2048, 768)
+    for tokens in (1, 64, 512, 4096):
+        fused.experts(random(tokens, 2048), gate_up, down, random(tokens, 8), torch.zeros(tokens, 8, dtype=torch.int32))
+    for tokens in (1, 17):
+        weights, ids = random(tokens, 8, dtype=torch.float32), torch.zeros(tokens, 8, dtype=torch.int32)
+        fused.experts(random(tokens, 2048, dtype=torch.float32), gate_up[:1].float(), down[:1].float(), weights, ids)
 
 
 def compile_attention() -> None:

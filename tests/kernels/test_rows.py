@@ -43,6 +43,10 @@ TAPS, WEIGHTS = torch.zeros(4, 4, dtype=torch.int32), torch.ones(4, 4)
         lambda: fused.rotate_and_store(QKV, 1, ANGLES, turned(4, 8), SLOTS, CACHE),
         lambda: fused.rotate_(QKV, turned(4, 8), ANGLES),
         lambda: fused.linear(turned(4, 16).half(), TABLE.half(), None),
+        lambda: fused.route(turned(4, 16), 2, True),
+        lambda: fused.experts(turned(4, 16), torch.ones(4, 12, 16), torch.ones(4, 16, 6), X[:, :2], torch.ones(4, 2).int()),
+        lambda: fused.experts(X, turned(4, 12, 16), torch.ones(4, 16, 6), X[:, :2], torch.ones(4, 2).int()),
+        lambda: fused.experts(X, torch.ones(4, 12, 16), turned(4, 16, 6), X[:, :2], torch.ones(4, 2).int()),
         lambda: gumbel_argmax(turned(4, 16), torch.zeros(4), torch.zeros(4, dtype=torch.int64)),
     ],
 )
