@@ -6,12 +6,12 @@ are float32 between. Nothing that changes from step to step is compiled in: kern
 
 from __future__ import annotations
 
-from mmv1.kernels.activation import silu_and_mul
-from mmv1.kernels.embedding import embed
+from mmv1.kernels.activation import quick_gelu, silu_and_mul
+from mmv1.kernels.embedding import add_interpolated, embed
 from mmv1.kernels.linear import linear, linear_partial
-from mmv1.kernels.norm import add_rms_norm, rms_norm
+from mmv1.kernels.moe import experts, route
+from mmv1.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from mmv1.kernels.patches import normalize_patches
-from mmv1.kernels.plain import add_interpolated, add_layer_norm, experts, layer_norm, quick_gelu, route  # no kernels yet
 from mmv1.kernels.rotary import rotate_, rotate_and_store
 
 __all__ = [

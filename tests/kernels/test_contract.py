@@ -99,13 +99,16 @@ def test_route(setting: Setting, tokens: int, num_experts: int, top_k: int) -> N
 
 
 @pytest.mark.parametrize("ops", [plain, fused], ids=["plain", "fused"])
-@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 8, 2), (7, 8, 3), (40, 4, 2)])
-def test_experts(ops: object, tokens: int, num_experts: int, top_k: int) -> None:
-    """float16, since the interpreter multiplies no bfloat16 matrices."""
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "num_experts", "top_k"),  # float16, since the interpreter multiplies no bfloat16 matrices
+    [(torch.float32, 7, 8, 3), (torch.float32, 20, 4, 2), (torch.float16, 1, 8, 2), (torch.float16, 40, 4, 2),
+     (torch.float16, 70, 5, 2), (torch.float16, 520, 3, 1)],
+)  # fmt: skip
+def test_experts(ops: object, dtype: torch.dtype, tokens: int, num_experts: int, top_k: int) -> None:
     torch.manual_seed(0)
     with contract.poisoned_outputs():
-        setting = Setting(ops, "cpu", torch.float16, rounds=True)  # type: ignore[arg-type]
-        contract.check_experts(setting, tokens, num_experts, top_k, hidden=72, width=40)
+        setting = Setting(ops, "cpu", dtype, rounds=True)  # type: ignore[arg-type]
+        contract.check_experts(setting, tokens, num_experts, top_k, hidden=42, width=36)
 
 
 @pytest.mark.parametrize("ops", [plain, fused], ids=["plain", "fused"])
@@ -114,6 +117,12 @@ def test_no_tokens_at_all(ops: object) -> None:
     assert ops.rms_norm(x, weight, 1e-6).shape == (0, 8)  # type: ignore[attr-defined]
     assert ops.silu_and_mul(x).shape == (0, 4)  # type: ignore[attr-defined]
     assert [t.shape for t in ops.add_rms_norm(x, x, weight, 1e-6)] == [(0, 8)] * 2  # type: ignore[attr-defined]
+    assert ops.layer_norm(x, weight, weight, 1e-6).shape == (0, 8)  # type: ignore[attr-defined]
+    assert [t.shape for t in ops.route(x, 2, True)] == [(0, 2)] * 2  # type: ignore[attr-defined]
+    matrices = torch.ones(4, 12, 8), torch.ones(4, 8, 6)
+    assert ops.experts(x, *matrices, x[:, :2], x[:, :2].int()).shape == (0, 8)  # type: ignore[attr-defined]
+    assert ops.quick_gelu(x).shape == (0, 8)  # type: ignore[attr-defined]
+    assert [t.shape for t in ops.add_layer_norm(x, x, weight, weight, 1e-6)] == [(0, 8)] * 2  # type: ignore[attr-defined]
 
 
 def test_both_have_the_same_operations() -> None:
