@@ -1,6 +1,7 @@
-# make demo   set up what is missing, start the engine on a small model and ask it about two pictures
-# make test   set up what is missing and run every test
-.PHONY: demo test lint lint-docker lock setup clean
+# make demo        set up what is missing, start the engine on a small model and ask it about two pictures
+# make test        set up what is missing and run the tests, but for the long ones
+# make test-slow   those
+.PHONY: demo test test-slow lint lint-docker lock setup clean
 .DEFAULT_GOAL := test
 
 demo: setup
@@ -9,7 +10,11 @@ demo: setup
 test: setup
 	@bash scripts/redis_server.sh
 	@bash scripts/chromium.sh
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -m "not slow"
+
+test-slow: setup
+	@bash scripts/redis_server.sh
+	.venv/bin/python -m pytest -m slow
 
 lint: setup
 	.venv/bin/ruff check .

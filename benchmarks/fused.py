@@ -22,6 +22,7 @@ from mmv1.runner.sampler import Sampler
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 3584, 18944, 28, 4, 128, 152064
 VISION_HIDDEN, VISION_INTERMEDIATE, VISION_HEADS, VISION_HEAD_DIM, PATCH, PADDED_PATCH = 1280, 3456, 16, 80, 588, 592
+PLACES = 2304  # that Qwen3-VL's towers have learned
 BLOCK_SIZE = 16
 EPS = 1e-6
 
@@ -76,7 +77,12 @@ def vision_cases(patches: int) -> Iterator[Case]:
     x, weight = random(patches, VISION_HIDDEN), random(VISION_HIDDEN)
     yield of("rms_norm", 2 * x.nbytes, x, weight, EPS)
     yield of("add_rms_norm", 4 * x.nbytes, x, random(patches, VISION_HIDDEN), weight, EPS)
+    yield of("layer_norm", 2 * x.nbytes, x, weight, weight, EPS)
+    yield of("add_layer_norm", 4 * x.nbytes, x, random(patches, VISION_HIDDEN), weight, weight, EPS)
     yield of("silu_and_mul", 3 * patches * VISION_INTERMEDIATE * 2, random(patches, 2 * VISION_INTERMEDIATE))
+    yield of("quick_gelu", 2 * patches * VISION_INTERMEDIATE * 2, random(patches, VISION_INTERMEDIATE))
+    taps = torch.randint(0, PLACES, (patches, 4), device="cuda")
+    yield of("add_interpolated", 2 * x.nbytes, x, random(PLACES, VISION_HIDDEN), taps, random(patches, 4, dtype=torch.float32))
     rotated = random(patches, 3 * VISION_HEADS, VISION_HEAD_DIM)[:, : 2 * VISION_HEADS]
     angles = random(patches, VISION_HEAD_DIM // 2, dtype=torch.float32)
     yield of("rotate_", 2 * patches * 2 * VISION_HEADS * VISION_HEAD_DIM * 2, rotated, angles.cos(), angles.sin())

@@ -42,7 +42,7 @@ class ContextLengthError(RequestError):
 
 class ImageError(RequestError):
     """A picture of the request cannot be used. Codes: invalid_image, image_too_large, unsupported_image_format,
-    image_url_forbidden, image_fetch_failed, image_fetch_timeout, too_many_images."""
+    image_url_forbidden, image_fetch_failed, image_fetch_timeout, image_not_supported, too_many_images."""
 
     def __init__(self, message: str, *, code: str = "invalid_image", param: str | None = "messages") -> None:
         super().__init__(message, code=code, param=param)

@@ -21,18 +21,23 @@ if TYPE_CHECKING:
 
 
 class Served(NamedTuple):
-    """At least one of the two. Where both are there, they share what processes pictures."""
+    """At least one of the two. Where both take pictures, they share what processes them."""
 
     llm: AsyncLLM | None
     embedder: Embedder | None
 
     @property
     def pictures(self) -> Preprocessor | Pictures:
-        return self.llm.preprocessor if self.llm is not None else self._only_embedder.pictures
+        return self.embedder.pictures if self.embedder is not None else self._llm.preprocessor
 
     @property
     def preprocess(self) -> PreprocessConfig:
         return self.llm.config.preprocess if self.llm is not None else self._only_embedder.config
+
+    @property
+    def _llm(self) -> AsyncLLM:
+        assert self.llm is not None
+        return self.llm
 
     @property
     def _only_embedder(self) -> Embedder:
@@ -83,9 +88,9 @@ class Served(NamedTuple):
             ready = self.embedder.ready
             size = f"{ready.dimensions} numbers, pictures of {ready.rules.width} x {ready.rules.height} pixels"
             logger.info("Embedding model: %s, float32 on %s: %s", self.embedder.name, ready.device, size)
-        slab_mib = self.pictures.stats().slab_bytes / (1 << 20)
+        stats = self.pictures.stats()
         redis = "yes" if self.preprocess.redis_url else "no"
-        logger.info("Preprocess workers: %d, slab: %.1f MiB, Redis: %s", self.preprocess.num_workers, slab_mib, redis)
+        logger.info("Preprocess workers: %d, slab: %.1f MiB, Redis: %s", stats.num_workers, stats.slab_bytes / (1 << 20), redis)
 
 
 def _log_engine(llm: AsyncLLM) -> None:

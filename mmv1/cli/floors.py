@@ -6,7 +6,8 @@ real ceiling is lower: attention below the rate of matrix products, traffic of a
 - Vision tower: its matrices on N patches, its mergers on T tokens, the patch embedding folded to one frame, and 4 N L d for the
   attention of each layer, where L is N, or the patches of a window.
 - Prompt: 2 P n, and 4 n_q d_h layers (n c + n^2 / 2) for the attention of n new tokens over c that are cached.
-- A decode step: all weights read once, and every sequence's KV; or its operations, where they take longer.
+- A decode step: all weights read once, of a mixture of experts those that somebody is sent to (by chance: all equally likely),
+  and every sequence's KV; or its operations, where they take longer.
 - A request: both of the former and its share of its decode steps. One after the other they are the serial floor; overlapped, the
   device is bound by all operations or by the bytes of decoding, whichever is more.
 """
@@ -24,6 +25,10 @@ from mmv1.errors import ConfigError
 
 _BYTES = 2  # of a weight, and of a number in the KV cache
 _RESERVED_BYTES = 3e9  # beside weights and KV
+
+# As config.json's model_type names them.
+_TEXT_MODELS = ("llama", "qwen2", "qwen3", "qwen3_moe")
+_SEEING_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,16 @@ class VisionTower:
         return weights + embedding + per_layer * (self.num_full * patches + (self.num_layers - self.num_full) * self.window)
 
 
+NO_TOWER = VisionTower(
+    width=0, num_layers=0, mlp_width=0, mlp_matrices=0, patch_size=1, out_width=0, num_full=0, window=0, num_mergers=0,
+    min_pixels=0, max_pixels=0,
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
+    """`num_sparse_layers` have, instead of an MLP, `num_experts` of `expert_width`; a token goes through `experts_per_token`."""
+
     width: int
     num_layers: int
     num_heads: int
@@ -91,11 +104,27 @@ class LanguageModel:
     head_dim: int
     mlp_width: int
     vocab_size: int
+    num_sparse_layers: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
+
+    def parameters(self, experts: float) -> float:
+        """Of all layers, with as many of each mixture's experts."""
+        attention = 2 * self.width * (self.num_heads + self.num_kv_heads) * self.head_dim
+        router = self.width * self.num_experts
+        sparse = self.num_sparse_layers * (router + experts * 3 * self.width * self.expert_width)
+        return self.num_layers * attention + (self.num_layers - self.num_sparse_layers) * 3 * self.width * self.mlp_width + sparse
 
     @property
-    def layer_parameters(self) -> int:
-        attention = 2 * self.width * (self.num_heads + self.num_kv_heads) * self.head_dim
-        return self.num_layers * (attention + 3 * self.width * self.mlp_width)
+    def layer_parameters(self) -> float:
+        """Those that one token meets."""
+        return self.parameters(self.experts_per_token)
+
+    def read_parameters(self, batch: int) -> float:
+        """Those that at least one of `batch` tokens meets."""
+        missed = (1 - self.experts_per_token / self.num_experts) ** batch if self.num_experts else 0.0
+        return self.parameters(self.num_experts * (1 - missed))
 
     @property
     def head_parameters(self) -> int:
@@ -111,10 +140,10 @@ class LanguageModel:
 
     def decode_step(self, batch: int, context: float, shared: float = 0) -> tuple[float, float]:
         """(bytes, operations) of a step of `batch` sequences with `context` tokens each, of which `shared` are read once."""
-        weights = self.layer_parameters + self.head_parameters
         kv = (batch * (context - shared) + shared) * self.kv_bytes_per_token
         attention = 4 * self.num_heads * self.head_dim * self.num_layers * context
-        return _BYTES * weights + kv, batch * (2 * weights + attention)
+        operations = 2 * (self.layer_parameters + self.head_parameters) + attention
+        return _BYTES * (self.read_parameters(batch) + self.head_parameters) + kv, batch * operations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,37 +175,58 @@ class Floor:
 def read_model(model_dir: Path) -> tuple[LanguageModel, VisionTower]:
     """What the formulas need of config.json. Raises ConfigError for a model they do not know."""
     config = read_json(model_dir / "config.json")
-    text, vision = text_config(config), section(config, "vision_config")
     kind = config.get("model_type")
-    if kind not in ("qwen2_5_vl", "qwen3_vl"):
+    if kind in _TEXT_MODELS:
+        return _language_model(config), NO_TOWER
+    if kind not in _SEEING_MODELS:
         raise ConfigError(f"there are no formulas for the floor of a {kind!r} model")
+    model = _language_model(text_config(config))
+    return model, _tower(section(config, "vision_config"), model.width, _pixel_bounds(read_image_processor_config(model_dir)))
+
+
+def _language_model(text: Mapping[str, Any]) -> LanguageModel:
     heads, width = whole_number(text, "num_attention_heads"), whole_number(text, "hidden_size")
-    model = LanguageModel(
+    num_layers = whole_number(text, "num_hidden_layers")
+    experts: dict[str, int] = {}
+    if num_experts := text.get("num_experts") or text.get("num_local_experts"):
+        every, dense = whole_number(text, "decoder_sparse_step", 1), whole_numbers(text, "mlp_only_layers", ())
+        experts = {
+            "num_sparse_layers": sum((i + 1) % every == 0 and i not in dense for i in range(num_layers)),
+            "num_experts": num_experts,
+            "experts_per_token": whole_number(text, "num_experts_per_tok"),
+            "expert_width": whole_number(text, "moe_intermediate_size"),
+        }
+    return LanguageModel(
         width=width,
-        num_layers=whole_number(text, "num_hidden_layers"),
+        num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=whole_number(text, "num_key_value_heads", heads),
         head_dim=whole_number(text, "head_dim", width // heads),
         mlp_width=whole_number(text, "intermediate_size"),
         vocab_size=whole_number(text, "vocab_size"),
+        **experts,
     )
-    least, most = _pixel_bounds(read_image_processor_config(model_dir))
+
+
+def _tower(vision: Mapping[str, Any], out_width: int, pixel_bounds: tuple[int, int]) -> VisionTower:
+    """The oldest family spells its widths otherwise than those after it; one family has windows, and a gate in its MLP."""
     num_layers, patch_size = whole_number(vision, "depth"), whole_number(vision, "patch_size")
-    is_windowed = kind == "qwen2_5_vl"
-    tower = VisionTower(
-        width=whole_number(vision, "hidden_size"),
+    is_windowed = "window_size" in vision
+    width = whole_number(vision, "embed_dim" if "embed_dim" in vision else "hidden_size")
+    least, most = pixel_bounds
+    return VisionTower(
+        width=width,
         num_layers=num_layers,
-        mlp_width=whole_number(vision, "intermediate_size"),
+        mlp_width=whole_number(vision, "intermediate_size", width * whole_number(vision, "mlp_ratio", 4)),
         mlp_matrices=3 if is_windowed else 2,
         patch_size=patch_size,
-        out_width=whole_number(vision, "out_hidden_size", width),
+        out_width=out_width,
         num_full=len(whole_numbers(vision, "fullatt_block_indexes")) if is_windowed else num_layers,
         window=(whole_number(vision, "window_size") // patch_size) ** 2 if is_windowed else 0,
         num_mergers=1 + len(whole_numbers(vision, "deepstack_visual_indexes", ())),
         min_pixels=least,
         max_pixels=most,
     )
-    return model, tower
 
 
 def _pixel_bounds(processor: Mapping[str, Any]) -> tuple[int, int]:
@@ -206,7 +256,7 @@ def floor_of(
     later_flops = model.prefill_flops(request.text_tokens, prefix + picture_tokens)
     prefill = (first_flops + (reuse - 1) * later_flops) / reuse
     kv_tokens = picture_tokens / reuse + request.text_tokens + output
-    parameters = model.layer_parameters + 2 * model.head_parameters + tower.num_parameters
+    parameters = model.parameters(model.num_experts) + 2 * model.head_parameters + tower.num_parameters
     free = device.memory - _BYTES * parameters - _RESERVED_BYTES - prefix * model.kv_bytes_per_token
     batch = max(1, min(max_batch, int(free / (kv_tokens * model.kv_bytes_per_token))))
     step_bytes, step_flops = model.decode_step(batch, prefix + own + output / 2, prefix if shares_kv_reads else 0)

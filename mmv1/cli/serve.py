@@ -165,7 +165,8 @@ async def _start_and_serve(
     embedder = None
     if embedding is not None:
         preprocess = config.preprocess if isinstance(config, EngineConfig) else config
-        embedder = Embedder(embedding, preprocess, None if llm is None else llm.preprocessor.pictures)
+        takes_images = llm is not None and llm.preprocessor.layout.takes_images
+        embedder = Embedder(embedding, preprocess, llm.preprocessor.pictures if llm is not None and takes_images else None)
     # The web framework is imported while models are loaded.
     importing = asyncio.ensure_future(asyncio.to_thread(_import_server))
     async with contextlib.AsyncExitStack() as stack:

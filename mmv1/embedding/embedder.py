@@ -75,7 +75,8 @@ class _Flight:
 class Embedder:
     """One event loop; `start` and `wait_ready` before anything else, `close` at the end.
 
-    `pictures`: those of the language model beside, which starts and ends them; None: its own, made of `config`.
+    `pictures`: those of the language model beside, which starts and ends them; None: its own, made of `config`, where there is no
+    such model or it takes no pictures.
     """
 
     def __init__(self, settings: EmbeddingSettings, config: PreprocessConfig, pictures: Pictures | None = None) -> None:

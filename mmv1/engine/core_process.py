@@ -33,6 +33,7 @@ from mmv1.preprocess.layout import load_layout
 from mmv1.scheduler.grammar import Grammars
 from mmv1.scheduler.pixels import PixelLedger
 from mmv1.scheduler.scheduler import Scheduler
+from mmv1.step import ENCODER_CACHE_PAGE_ROWS
 from mmv1.types import EngineCoreInput, EngineCoreMessage, EngineDead, EngineReady
 from mmv1.wire import Receiver, Sender, ipc_address
 
@@ -55,12 +56,12 @@ def lay_out_memory(config: EngineConfig, worker: Worker, max_image_tokens: int) 
     (spec,) = worker.get_kv_cache_specs()  # one group of layers today: every layer is paged full attention
     block_bytes = spec.bytes_per_token() * cache.block_size
     bytes_per_token = worker.get_embedding_bytes_per_token()
-    largest_image_bytes = (max_image_tokens + 16) * bytes_per_token
-    encoder_bytes = cache.encoder_cache_bytes
+    largest_image_bytes = (max_image_tokens + ENCODER_CACHE_PAGE_ROWS) * bytes_per_token if max_image_tokens else 0
+    encoder_bytes = cache.encoder_cache_bytes if max_image_tokens else 0  # a model of text alone has no embeddings to keep
     available = worker.determine_memory(2 * largest_image_bytes if encoder_bytes is None else encoder_bytes)
     if encoder_bytes is None:
         encoder_bytes = max(2 * largest_image_bytes, min(_MAX_ENCODER_CACHE_BYTES, available // _ENCODER_CACHE_SHARE))
-    elif encoder_bytes >= available:
+    elif encoder_bytes >= max(available, 1):
         raise ConfigError(
             f"the encoder cache ({encoder_bytes} bytes) leaves nothing of the {max(0, available)} bytes there are for caches: "
             "lower --encoder-cache-bytes"

@@ -1,93 +1,164 @@
-"""Qwen2.5-VL: the vision tower and the Qwen2 language model joined, and the family's M-RoPE positions."""
+"""Qwen2.5-VL (Qwen2.5-VL technical report, 2025): a tower whose attention runs inside windows of the picture in most layers and
+over the whole picture in a few, before the Qwen2 language model with M-RoPE.
+
+Patches are put in window order once, before the first layer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from mmv1.config import Normalization, image_normalization, read_image_processor_config, section, text_config
+from mmv1.config import Normalization, whole_number, whole_numbers
 from mmv1.errors import ConfigError
-from mmv1.models.interface import AttentionLayerSpec, GridTHW, ImageSpan, StepAttention, VarlenAttention
-from mmv1.models.layers.embedding import LMHead
-from mmv1.models.qwen2 import Qwen2Config, Qwen2Model
-from mmv1.models.qwen2_5_vision import TowerLayout, VisionConfig, VisionTower
+from mmv1.models.interface import GridTHW, SegmentRoom, VarlenAttention
+from mmv1.models.language_model import LanguageModel
+from mmv1.models.layers.mlp import GatedMLP
+from mmv1.models.layers.norm import RMSNorm
+from mmv1.models.layers.rotary import AxialRotaryEmbedding
+from mmv1.models.layers.vision import (
+    GRIDS_KEPT,
+    MOST_PICTURES,
+    PatchEmbed,
+    PatchMerger,
+    VisionBlock,
+    VisionConfig,
+    patch_coordinates,
+    upload,
+)
+from mmv1.models.qwen2_vl import checkpoint_names, join
 
-# Where checkpoints keep a part: the layout on the hub, then that of transformers 5's own modules.
-_CHECKPOINT_PREFIXES = {"visual.": "model.visual.", "model.": "model.language_model."}
+_PATCHES_PER_WINDOW = 32  # room in a padded layout: windows at a picture's borders are not full, so there are more
 
 
-class Qwen2_5_VL(nn.Module):
-    """See `interface.Model` for what each method means."""
+def build(hf_config: Mapping[str, Any], model_dir: Path) -> LanguageModel:
+    """Raises ConfigError."""
+    return join(hf_config, model_dir, VisionTower.from_hf, checkpoint_names)
 
-    num_position_axes = 3
 
-    def __init__(self, text: Qwen2Config, vision: VisionConfig, scale: Normalization, *, tie_word_embeddings: bool) -> None:
+class GridTables(NamedTuple):
+    """What follows from a picture's grid alone."""
+
+    window_order: torch.Tensor  # int64 [units]: the unit at each place of window order
+    window_places: torch.Tensor  # int64 [units]: its inverse
+    coordinates: torch.Tensor  # int64 [patches, 2]: row and column of each patch, in window order
+    window_seqlens: tuple[int, ...]  # patches in each window
+
+
+class TowerLayout(NamedTuple):
+    """What the tower must know of a batch's pictures, one after another, in window order; attention's plans among it."""
+
+    window_order: torch.Tensor  # int64 [units]
+    window_places: torch.Tensor  # int64 [units]
+    coordinates: torch.Tensor  # int64 [patches, 2]
+    full: Any
+    windows: Any
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig, scale: Normalization, *, window_size: int, full_layers: frozenset[int]) -> None:
+        """`window_size` in pixels; `full_layers`: those that attend over the whole picture."""
         super().__init__()
-        if vision.out_hidden_size != text.hidden_size:
-            raise ConfigError("config.json: the vision tower's out_hidden_size is not the language model's hidden_size")
-        self.visual = VisionTower(vision, scale)
-        self.model = Qwen2Model(text)
-        tied_to = self.model.embed_tokens if tie_word_embeddings else None
-        self.lm_head = LMHead(text.vocab_size, text.hidden_size, tied_to=tied_to)
-        self.vocab_size = text.vocab_size
-        self.embedding_width = text.hidden_size
-        self.patch_bytes = vision.patch_numbers
-        self.spatial_merge_size = vision.spatial_merge_size
-        self.attention_layers = [
-            AttentionLayerSpec(f"model.layers.{index}.self_attn", text.num_heads, text.num_kv_heads, text.head_dim)
-            for index in range(text.num_layers)
-        ]
+        if window_size < config.patch_size * config.spatial_merge_size:
+            raise ConfigError(f"config.json: window_size {window_size} is smaller than a picture token")
+        self.config = config
+        self.embedding_width = config.out_hidden_size
+        self._window_units = window_size // config.spatial_merge_size // config.patch_size  # along a side
+        self._window_patches = (window_size // config.patch_size) ** 2
+        self._full_layers = full_layers
+        self.patch_embed = PatchEmbed(config, scale, bias=False)
+        self.rotary_emb = AxialRotaryEmbedding(config.hidden_size // config.num_heads, config.rope_theta)
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, RMSNorm, GatedMLP(config.hidden_size, config.intermediate_size, bias=True))
+            for _ in range(config.depth)
+        )
+        self.merger = PatchMerger(config, RMSNorm)
+        self._tables = lru_cache(maxsize=GRIDS_KEPT)(self._make_tables)
 
     @classmethod
-    def from_model_dir(cls, hf_config: Mapping[str, Any], model_dir: Path) -> Qwen2_5_VL:
-        """Modules with memory for their weights, not yet filled. Raises ConfigError."""
-        text = text_config(dict(hf_config))
-        text_part, vision_part = Qwen2Config.from_hf(text), VisionConfig.from_hf(section(hf_config, "vision_config"))
-        # Either place may say it: transformers 4 wrote it into text_config, 5 writes it outside and reads both.
-        tied = bool(hf_config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-        scale = image_normalization(read_image_processor_config(model_dir))
-        return cls(text_part, vision_part, scale, tie_word_embeddings=tied)
+    def from_hf(cls, vision: Mapping[str, Any], scale: Normalization) -> VisionTower:
+        """`vision`: config.json's vision_config, whose names are the same in both dialects but for the rope's."""
+        if vision.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"the vision tower's hidden_act '{vision['hidden_act']}' is not supported, only 'silu'")
+        config = VisionConfig.read(
+            vision,
+            hidden_size=whole_number(vision, "hidden_size"),
+            intermediate_size=whole_number(vision, "intermediate_size"),
+            out_hidden_size=whole_number(vision, "out_hidden_size"),
+        )
+        return cls(
+            config,
+            scale,
+            window_size=whole_number(vision, "window_size"),
+            full_layers=frozenset(whole_numbers(vision, "fullatt_block_indexes")),
+        )
 
-    def checkpoint_names(self, name: str) -> tuple[str, ...]:
-        for prefix, other in _CHECKPOINT_PREFIXES.items():
-            if name.startswith(prefix):
-                return name, other + name.removeprefix(prefix)
-        return (name,)
-
-    def prompt_positions(self, prompt_len: int, images: Sequence[ImageSpan]) -> np.ndarray:
-        """Text advances all three axes by one a token. A picture's tokens share the time of its first one and spread over
-        rows and columns; what follows it continues after its longer side (Qwen2-VL, section 2.1)."""
-        positions = np.empty((3, prompt_len), dtype=np.int32)
-        token, position = 0, 0  # the first not yet placed, and its position
-        for offset, grid_thw in images:
-            positions[:, token:offset] = np.arange(position, position + offset - token, dtype=np.int32)
-            position += offset - token
-            frames, height, width = grid_thw
-            height, width = height // self.spatial_merge_size, width // self.spatial_merge_size
-            token = offset + frames * height * width
-            positions[:, offset:token] = np.indices((frames, height, width), dtype=np.int32).reshape(3, -1) + position
-            position += max(height, width)
-        positions[:, token:] = np.arange(position, position + prompt_len - token, dtype=np.int32)
-        return positions
-
-    def lay_out_images(
-        self, grids: Sequence[GridTHW], attention: VarlenAttention, num_patches: int | None = None
+    def lay_out(
+        self, grids: Sequence[GridTHW], attention: VarlenAttention, num_patches: int | None
     ) -> TowerLayout | None:
-        return self.visual.lay_out(grids, attention, num_patches)
+        """See `interface.Model.lay_out_images`."""
+        tables = [self._tables(height, width) for _, height, width in grids]
+        seqlens = [height * width for _, height, width in grids]
+        window_seqlens = [length for t in tables for length in t.window_seqlens]
+        orders = [t.window_order for t in tables], [t.window_places for t in tables]
+        coordinates = [t.coordinates for t in tables]
+        device = coordinates[0].device
+        room = window_room = None
+        if num_patches is not None:
+            room = SegmentRoom(MOST_PICTURES, num_patches)
+            window_room = SegmentRoom(num_patches // _PATCHES_PER_WINDOW + MOST_PICTURES, self._window_patches)
+            padding = num_patches - sum(seqlens)
+            if padding < 0 or len(seqlens) > room.num_segments or len(window_seqlens) > window_room.num_segments:
+                return None
+            units = torch.arange(padding // self.config.spatial_merge_size**2, device=device)
+            for order in orders:
+                order.append(units)
+            coordinates.append(coordinates[0].new_zeros(padding, 2))
+        return TowerLayout(
+            window_order=_concatenate(orders[0]),
+            window_places=_concatenate(orders[1]),
+            coordinates=torch.cat(coordinates),
+            full=attention.plan_varlen(seqlens, device, room),
+            windows=attention.plan_varlen(window_seqlens, device, window_room),
+        )
 
-    def encode_images(self, patches: torch.Tensor, layout: TowerLayout, attention: VarlenAttention) -> torch.Tensor:
-        return self.visual(patches, layout, attention)
+    def forward(self, patches: torch.Tensor, layout: TowerLayout, attention: VarlenAttention) -> torch.Tensor:
+        """`patches` uint8 [sum of patches, patch_numbers], each picture's in merge-unit order (row and column of the unit, then
+        row and column inside it). Returns [sum of units, out_hidden_size], units in the same order."""
+        rope = self.rotary_emb(layout.coordinates)
+        residual = self.patch_embed(patches, layout.window_order)
+        norms: list[Any] = [*(block.norm1 for block in self.blocks), self.merger.norm]
+        hidden = norms[0](residual)
+        for index, (block, next_norm) in enumerate(zip(self.blocks, norms[1:], strict=True)):
+            plan = layout.full if index in self._full_layers else layout.windows
+            hidden, residual = block(hidden, residual, rope, attention, plan, next_norm)
+        return self.merger(hidden).index_select(0, layout.window_places)
 
-    def embed(self, input_ids: torch.Tensor, image_rows: torch.Tensor, image_embeddings: torch.Tensor) -> torch.Tensor:
-        return self.model.embed_tokens(input_ids, image_rows, image_embeddings)
+    def _make_tables(self, height: int, width: int) -> GridTables:
+        merge, side = self.config.spatial_merge_size, self._window_units
+        row, column = (axis.ravel() for axis in np.indices((height // merge, width // merge)))
+        windows_across = -(-(width // merge) // side)
+        window_of_unit = row // side * windows_across + column // side
+        order = np.argsort(window_of_unit, kind="stable")
+        device = self.patch_embed.weight.device
+        return GridTables(
+            window_order=upload(order, device),
+            window_places=upload(np.argsort(order), device),
+            coordinates=upload(patch_coordinates(height, width, merge, order), device),
+            window_seqlens=tuple((np.bincount(window_of_unit) * merge**2).tolist()),
+        )
 
-    def forward(self, inputs: torch.Tensor, positions: torch.Tensor, attention: StepAttention) -> torch.Tensor:
-        return self.model(inputs, positions, attention)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(hidden)
+def _concatenate(orders: list[torch.Tensor]) -> torch.Tensor:
+    """Permutations one after another, each moved past those before it."""
+    start, moved = 0, []
+    for order in orders:
+        moved.append(order + start if start else order)
+        start += order.shape[0]
+    return torch.cat(moved)

@@ -1,27 +1,40 @@
-"""Which class runs which architecture, and the one way to make a loaded model."""
+"""Which family runs which architecture, and the one way to make a loaded model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mmv1.config import ModelConfig
 from mmv1.errors import ConfigError
+from mmv1.models import llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_moe, qwen3_vl, qwen3_vl_moe
 from mmv1.models.interface import Model
-from mmv1.models.qwen2_5_vl import Qwen2_5_VL
+from mmv1.models.language_model import LanguageModel
 from mmv1.models.weights import fill_with_dummy_weights, load_weights
 
-_MODELS = {"Qwen2_5_VLForConditionalGeneration": Qwen2_5_VL}
+# Of config.json and the model directory: a model with memory for its weights, not yet filled. Raises ConfigError.
+_BUILDERS: dict[str, Callable[[Mapping[str, Any], Path], LanguageModel]] = {
+    "LlamaForCausalLM": llama.build,
+    "Qwen2ForCausalLM": qwen2.build,
+    "Qwen2VLForConditionalGeneration": qwen2_vl.build,
+    "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl.build,
+    "Qwen3ForCausalLM": qwen3.build,
+    "Qwen3MoeForCausalLM": qwen3_moe.build,
+    "Qwen3VLForConditionalGeneration": qwen3_vl.build,
+    "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe.build,
+}
 
 
-def model_class(architecture: str) -> type[Qwen2_5_VL]:
-    """Raises ConfigError for an architecture that has no class here."""
-    if architecture not in _MODELS:
-        raise ConfigError(f"architecture '{architecture}' is not supported; supported: {', '.join(sorted(_MODELS))}")
-    return _MODELS[architecture]
+def build_model(architecture: str, hf_config: Mapping[str, Any], model_dir: Path) -> LanguageModel:
+    """Modules with memory for their weights, on the current default device and dtype. Raises ConfigError, also for an
+    architecture that has no family here."""
+    if architecture not in _BUILDERS:
+        raise ConfigError(f"architecture '{architecture}' is not supported; supported: {', '.join(sorted(_BUILDERS))}")
+    return _BUILDERS[architecture](hf_config, model_dir)
 
 
 @contextmanager
@@ -36,11 +49,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def load_model(config: ModelConfig, device: torch.device) -> Model:
     """The model, its weights on `device` in the configured dtype. Raises ConfigError when the directory does not fit."""
-    cls = model_class(config.architecture)
     if config.hf_config.get("quantization_config"):
         raise ConfigError("the checkpoint is quantized, which is not supported: use the original weights")
     with _default_dtype(getattr(torch, config.dtype)), torch.device(device):
-        model = cls.from_model_dir(config.hf_config, Path(config.path))
+        model = build_model(config.architecture, config.hf_config, Path(config.path))
     if config.load_format == "dummy":
         fill_with_dummy_weights(model, config.seed)
     else:

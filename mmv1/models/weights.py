@@ -26,8 +26,9 @@ class Piece(NamedTuple):
 
     target: torch.Tensor  # the parameter, or the view of it that this tensor fills
     name: str  # by the module's own path
-    shape: tuple[int, ...]  # as stored
+    shape: tuple[int, ...]  # as stored,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None  # stored to target's shape
+    other_shape: tuple[int, ...] | None = None  # or as others store it; `transform` then has to do with both
 
 
 @runtime_checkable
@@ -137,7 +138,7 @@ def _untied(module: nn.Module, shared: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _fill(piece: Piece, checkpoint: Checkpoint, name: str) -> None:
     shape = checkpoint.shape(name)
-    if shape != piece.shape:
+    if shape not in (piece.shape, piece.other_shape):
         raise ConfigError(f"tensor '{name}' of the checkpoint has shape {list(shape)} where the model has {list(piece.shape)}")
     tensor = checkpoint.tensor(name)
     piece.target.copy_(tensor if piece.transform is None else piece.transform(tensor))

@@ -1,7 +1,7 @@
 """From a picture's size to its place in the prompt: resized size, grid, tokens and bytes, without decoding and without torch.
 
-One class per model family, found by the model's architecture. The rules are those of the family's image processor in
-transformers (5.17), and are checked against it.
+One class per image processor, found by the model's architecture; families that share a processor share its class. The rules are
+those of transformers (5.17), and are checked against it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from mmv1.config import (
     ModelConfig,
@@ -20,7 +20,7 @@ from mmv1.config import (
     text_config,
     whole_number,
 )
-from mmv1.errors import ConfigError, ImageError, RequestError
+from mmv1.errors import ConfigError, EngineError, ImageError, RequestError
 from mmv1.preprocess.image_settings import ImageSettings
 from mmv1.preprocess.media import MAX_ASPECT_RATIO
 
@@ -49,15 +49,46 @@ class ImagePlace(NamedTuple):
     nbytes: int
 
 
+class ImageLayout(Protocol):
+    """What the rest of the house asks of a layout. `image_token_id`: the placeholder of a picture's token; None, as of
+    `video_token_id`: the model has none. Each method is described where pictures are taken."""
+
+    takes_images: bool
+    image_token_id: int | None
+    video_token_id: int | None
+    row_bytes: int
+    patch_size: int
+    merge_size: int
+    resample: Resample
+
+    def limits_in_force(self, request: ImageSettings, pictures: Sequence[ImageSettings]) -> list[PixelLimits]: ...
+
+    def place(self, width: int, height: int, limits: PixelLimits | None = None) -> ImagePlace: ...
+
+    def image_bytes(self, num_tokens: int) -> int: ...
+
+    def max_image_tokens(self, max_model_len: int) -> int: ...
+
+    def ordinary_image_bytes(self) -> int: ...
+
+    def fingerprint(self, limits: PixelLimits) -> str: ...
+
+
 class Qwen2VLLayout:
-    """Qwen2.5-VL: patches of 14 x 14 pixels, 2 x 2 of them to a token, any size within the pixel limits.
+    """Qwen2-VL and the vision-language families after it: square patches, 2 x 2 of them to a token, any size within the pixel
+    limits. Sides, limits and scales are in the model's directory.
 
     In the slab a picture is uint8 [num_patches, 3 * patch_size**2], one temporal frame (the second is a copy), rows in
     windows of merge_size x merge_size patches, channel first inside a row.
     """
 
-    architectures: ClassVar = ("Qwen2_5_VLForConditionalGeneration",)
-    model_types: ClassVar = ("qwen2_5_vl",)
+    architectures: ClassVar = (
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+    )
+    takes_images: bool = True
 
     def __init__(
         self,
@@ -86,9 +117,18 @@ class Qwen2VLLayout:
             raise ConfigError("min_pixels ({}) must be at most max_pixels ({})".format(*self.limits))
         self.factor = self.patch_size * self.merge_size
         self.row_bytes = _NUM_CHANNELS * self.patch_size**2
+        self._check_tower(section(hf_config, "vision_config"))
         ids = text_config(hf_config)
-        self.image_token_id = whole_number(ids, "image_token_id", least=0)
-        self.video_token_id = whole_number(ids, "video_token_id", least=0)
+        self.image_token_id: int | None = whole_number(ids, "image_token_id", least=0)
+        self.video_token_id: int | None = whole_number(ids, "video_token_id", least=0)
+
+    def _check_tower(self, vision: dict[str, Any]) -> None:
+        """Raises ConfigError where pictures would be cut up otherwise than the vision tower takes them."""
+        for own, theirs in (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size")):
+            expected = whole_number(vision, theirs, getattr(self, own))
+            if expected != getattr(self, own):
+                message = f"preprocessor_config.json says {own} {getattr(self, own)} where config.json has {theirs} {expected}"
+                raise ConfigError(message)
 
     def limits_in_force(self, request: ImageSettings, pictures: Sequence[ImageSettings]) -> list[PixelLimits]:
         """For each picture the limits it is resized within. Each of the two numbers is the picture's own, else what its
@@ -178,18 +218,46 @@ class Qwen2VLLayout:
         return json.dumps({"family": "qwen2_vl/1", **limits._asdict(), **{name: getattr(self, name) for name in names}})
 
 
-LAYOUTS = (Qwen2VLLayout,)
+class TextLayout:
+    """A model of text alone: no prompt has a picture, and there is nothing to hold one."""
+
+    architectures: ClassVar = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+    takes_images: bool = False
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    row_bytes: int = 1
+    patch_size: int = 1
+    merge_size: int = 1
+    resample: Resample = "bicubic"
+
+    def limits_in_force(self, request: ImageSettings, pictures: Sequence[ImageSettings]) -> list[PixelLimits]:
+        return []
+
+    def place(self, width: int, height: int, limits: PixelLimits | None = None) -> ImagePlace:
+        raise EngineError("a picture came past the check of their number, which is 0 for this model")
+
+    def image_bytes(self, num_tokens: int) -> int:
+        return 0
+
+    def max_image_tokens(self, max_model_len: int) -> int:
+        return 0
+
+    def ordinary_image_bytes(self) -> int:
+        return 0
+
+    def fingerprint(self, limits: PixelLimits) -> str:
+        return json.dumps({"family": "text"})
 
 
-def load_layout(model: ModelConfig, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Qwen2VLLayout:
-    """The layout of a model's family, from its directory. Raises ConfigError."""
-    model_type = model.hf_config.get("model_type")
-    for layout in LAYOUTS:
-        if model.architecture in layout.architectures or model_type in layout.model_types:
-            processor = read_image_processor_config(Path(model.path))
-            return layout(processor, model.hf_config, min_pixels=min_pixels, max_pixels=max_pixels)
-    known = ", ".join(name for layout in LAYOUTS for name in layout.architectures)
-    raise ConfigError(f"pictures for the architecture '{model.architecture}' are not supported; supported: {known}")
+def load_layout(model: ModelConfig, *, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageLayout:
+    """The layout of a model's family, from its directory. Raises ConfigError, also for an architecture that is not supported."""
+    if model.architecture in TextLayout.architectures:
+        return TextLayout()
+    if model.architecture in Qwen2VLLayout.architectures:
+        processor = read_image_processor_config(Path(model.path))
+        return Qwen2VLLayout(processor, model.hf_config, min_pixels=min_pixels, max_pixels=max_pixels)
+    known = ", ".join(sorted(TextLayout.architectures + Qwen2VLLayout.architectures))
+    raise ConfigError(f"architecture '{model.architecture}' is not supported; supported: {known}")
 
 
 def _first(*numbers: int | None) -> int:

@@ -39,6 +39,7 @@ class PreprocessStats:
     num_slab_evictions: int = 0
     num_fetches: int = 0
     fetched_bytes: int = 0
+    num_workers: int = 0
     num_worker_deaths: int = 0
     slab_bytes: int = 0
     slab_pinned_bytes: int = 0
@@ -57,10 +58,11 @@ class PreprocessStats:
 class Pictures:
     """`start` before anything else, `close` at the end. `loader` has them from wherever they are, `pixels` processes them.
 
-    `largest_bytes`, `ordinary_bytes`: of processed pictures, to size the slab by. `send` carries FeatureReady, FeatureFailed and
-    SlabShort to the core, if there is one. `on_failure` is called, once and with a sentence, when pixels can no longer be made
-    at all (it may come from another thread). mm_hash is keyed with the cache secret; without one, servers of a shared store
-    share a known key, and any other server draws a random one. Raises ConfigError for a slab that cannot hold two pictures.
+    `largest_bytes`, `ordinary_bytes`: of processed pictures, to size the slab by; 0 where there will never be one, and then no
+    process is started. `send` carries FeatureReady, FeatureFailed and SlabShort to the core, if there is one. `on_failure` is
+    called, once and with a sentence, when pixels can no longer be made at all (it may come from another thread). mm_hash is keyed
+    with the cache secret; without one, servers of a shared store share a known key, and any other server draws a random one.
+    Raises ConfigError for a slab that cannot hold two pictures.
     """
 
     def __init__(
@@ -97,11 +99,12 @@ class Pictures:
         check_slab(slab_bytes, largest_bytes)
         self.slab = SlabStore(slab_bytes)
         self._ledger = SlabLedger(self.slab.nbytes)
+        self._num_workers = config.num_workers if largest_bytes else 0
         self._pool = PreprocessPool(
-            slab_fd=self.slab.fd, slab_bytes=self.slab.nbytes, num_workers=config.num_workers, on_failure=on_failure
+            slab_fd=self.slab.fd, slab_bytes=self.slab.nbytes, num_workers=self._num_workers, on_failure=on_failure
         )
         self._store = None
-        if config.redis_url is not None:
+        if config.redis_url is not None and largest_bytes:
             self._store = SharedStore(
                 url=config.redis_url,
                 ttl_s=config.redis_ttl_s,
@@ -161,6 +164,7 @@ class Pictures:
             num_slab_evictions=self._ledger.num_evictions,
             num_fetches=self._fetcher.num_fetches,
             fetched_bytes=self._fetcher.fetched_bytes,
+            num_workers=self._num_workers,
             num_worker_deaths=self._pool.num_deaths,
             slab_bytes=self._ledger.capacity,
             slab_pinned_bytes=self._ledger.pinned_bytes,

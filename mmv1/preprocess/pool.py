@@ -102,7 +102,10 @@ class PreprocessPool:
         self.num_deaths = 0
 
     async def start(self) -> None:
-        """Start the processes; they come up in the background, and jobs wait for them."""
+        """Start the processes; they come up in the background, and jobs wait for them. Without workers there is none to start."""
+        if not self._num_workers:
+            self._all_ready.set()
+            return
         self._runtime_dir = new_runtime_dir()
         self._answers = AsyncReceiver(ipc_address(self._runtime_dir, ANSWERS_SOCKET), PoolAnswer, bind=True)
         settings = PoolSettings(

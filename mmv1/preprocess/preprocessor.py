@@ -167,6 +167,8 @@ class Preprocessor:
         return self.pictures.stats()
 
     def _check_number(self, num_images: int) -> None:
+        if num_images and not self.layout.takes_images:
+            raise ImageError("this model takes text only, no images", code="image_not_supported")
         if num_images > self._max_images:
             message = f"the prompt has {num_images} images; at most {self._max_images} are allowed"
             raise ImageError(message, code="too_many_images")

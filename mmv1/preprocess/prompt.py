@@ -67,10 +67,13 @@ class PromptRenderer:
     `tokenizer` is shared with whoever turns ids back into text; encoding with it never yields a special id, special tokens
     being split off before. Raises ConfigError where the directory lacks what is needed.
 
-    Text that cannot possibly fit `max_model_len` tokens is refused before the work of tokenizing it.
+    Text that cannot possibly fit `max_model_len` tokens is refused before the work of tokenizing it. A model without a
+    placeholder for pictures (None) has a template that knows content as text alone.
     """
 
-    def __init__(self, model_dir: Path, *, image_token_id: int, video_token_id: int, max_model_len: int) -> None:
+    def __init__(
+        self, model_dir: Path, *, image_token_id: int | None, video_token_id: int | None, max_model_len: int
+    ) -> None:
         try:
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
         except Exception:  # the library raises a bare Exception
@@ -83,6 +86,7 @@ class PromptRenderer:
         self._shield = _Shield(list(specials))
         self._image_token_id = image_token_id
         self._video_token_id = video_token_id
+        self._prefix = _prefix_of(self.tokenizer)
         self._max_text_bytes = _max_text_bytes(self.tokenizer, max_model_len)
         self._max_model_len = max_model_len
         self._vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
@@ -114,8 +118,9 @@ class PromptRenderer:
         return self._encode(text)
 
     def render_text(self, text: str) -> list[int]:
-        """Token ids of a raw prompt, in which special tokens mean themselves; one placeholder per picture."""
-        return self._encode(text)
+        """Token ids of a raw prompt, in which special tokens mean themselves; one placeholder per picture. First comes what the
+        tokenizer puts before every text (some families' beginning-of-sequence token); a chat template writes it itself."""
+        return self._prefix + self._encode(text)
 
     def check_ids(self, token_ids: Sequence[int]) -> list[int]:
         """A raw prompt given as ids, one placeholder per picture. Raises RequestError."""
@@ -133,7 +138,7 @@ class PromptRenderer:
         if len(places) != len(num_tokens):
             message = f"the prompt has {len(places)} placeholders for {len(num_tokens)} images"
             raise RequestError(message, code="image_placeholder_mismatch", param="messages")
-        if self._video_token_id in token_ids:
+        if self._video_token_id is not None and self._video_token_id in token_ids:
             raise RequestError("the prompt has a placeholder for a video, which is not supported", param="messages")
         expanded: list[int] = []
         offsets: list[int] = []
@@ -141,7 +146,7 @@ class PromptRenderer:
         for place, count in zip(places, num_tokens, strict=True):
             expanded += token_ids[done:place]
             offsets.append(len(expanded))
-            expanded += [self._image_token_id] * count
+            expanded += [token_ids[place]] * count
             done = place + 1
         return expanded + token_ids[done:], offsets
 
@@ -151,6 +156,8 @@ class PromptRenderer:
         turn: dict[str, Any] = {"role": message.role}
         if isinstance(message.content, str):
             turn["content"] = self._shield.cover(message.content)
+        elif self._image_token_id is None:
+            turn["content"] = "\n".join(self._shield.cover(part.text) for part in message.content if isinstance(part, TextPart))
         else:
             turn["content"] = [
                 {"type": "text", "text": self._shield.cover(part.text)} if isinstance(part, TextPart) else {"type": "image"}
@@ -198,6 +205,14 @@ class PromptRenderer:
         """In a batch of one: unlike `encode` it lets other threads run meanwhile, and unlike a larger batch it wakes no threads
         of the library's own, which takes as much of the processor as an ordinary prompt itself."""
         return list(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids) if text else []
+
+
+def _prefix_of(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens that the tokenizer's own rules put before a text."""
+    text = "a"
+    with_special, plain = (tokenizer.encode(text, add_special_tokens=special).ids for special in (True, False))
+    place = next((i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), 0)
+    return list(with_special[:place])
 
 
 def _max_text_bytes(tokenizer: Tokenizer, max_model_len: int) -> int | None:

@@ -104,7 +104,7 @@ class Worker:
 
         On a CUDA device: what this server's share leaves beside the measured peak of a largest step. On a CPU, within that
         share of the available memory: KV for all requests together, up to a ceiling, and beside it a quarter as much for
-        embeddings, or `least_encoder_bytes` where that is more.
+        embeddings, or `least_encoder_bytes` where that is more; nothing where that is 0.
         """
         cache = self._config.cache
         if self.platform.is_cuda:
@@ -113,7 +113,8 @@ class Worker:
         usable = most_blocks * cache.block_size * self.get_kv_cache_specs()[0].bytes_per_token()
         kv_bytes = min(_MOST_CPU_KV_BYTES, usable)
         share = int(available_memory_bytes() * cache.gpu_memory_utilization)
-        return min(share, kv_bytes + max(kv_bytes // 4, least_encoder_bytes))
+        encoder_bytes = max(kv_bytes // 4, least_encoder_bytes) if least_encoder_bytes else 0
+        return min(share, kv_bytes + encoder_bytes)
 
     def initialize_caches(self, num_blocks: int, encoder_cache_bytes: int) -> None:
         """Take the memory. `num_blocks` counts the null block."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmv1.cli.bench_serve import Load, floor_rps
-from mmv1.cli.floors import Device, Request, floor_of, read_model
+from mmv1.cli.floors import Device, LanguageModel, Request, VisionTower, floor_of, read_model
 from mmv1.cli.load import Sample
 from mmv1.cli.workload import PictureSize, Prompt
 from mmv1.errors import ConfigError
@@ -39,6 +39,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
             "intermediate_size": 12288, "vocab_size": 151936,
         },
+    },
+}  # fmt: skip
+OTHERS: dict[str, dict[str, Any]] = {
+    "2-7B": CONFIGS["2.5-7B"] | {
+        "model_type": "qwen2_vl",
+        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "patch_size": 14, "hidden_size": 3584},
+    },
+    "llama-8B": {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+    },
+    "30B-A3B": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144, "vocab_size": 151936,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     },
 }  # fmt: skip
 ONE = ((1024, 1024),)
@@ -120,6 +135,34 @@ def test_a_faster_device_and_a_smaller_batch(tmp_path: Path) -> None:
     alone = floor_of(model, tower, LOADS["A"], max_batch=1)
     assert alone.batch == 1 and alone.decode_ms == pytest.approx(128 * 4.74, rel=0.01)
     assert floor_of(model, tower, LOADS["D"]).batch == 92  # as many as the memory holds the KV of
+
+
+def read(tmp_path: Path, name: str) -> tuple[LanguageModel, VisionTower]:
+    (tmp_path / "config.json").write_text(json.dumps(OTHERS[name]))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136, "max_pixels": 12_845_056}))
+    return read_model(tmp_path)
+
+
+def test_a_tower_that_attends_over_the_whole_picture_in_every_layer(tmp_path: Path) -> None:
+    _, tower = read(tmp_path, "2-7B")
+    assert 1000 * tower.flops(*tower.grid(1024, 1024)) / 800e12 == pytest.approx(14.9, rel=0.005)
+
+
+def test_a_model_of_text_alone_has_no_tower(tmp_path: Path) -> None:
+    model, tower = read(tmp_path, "llama-8B")
+    assert round((model.layer_parameters + model.head_parameters) / 1e9, 2) == 7.50  # its 8.03 billion less the embedding
+    floor = floor_of(model, tower, Request(text_tokens=512))
+    assert (floor.encode_ms, round(floor.tpot_ms, 2)) == (0.0, round(2 * 7.5046e9 / 3e12 * 1000 + 0.025, 2))
+
+
+def test_a_mixture_reads_the_experts_that_somebody_is_sent_to(tmp_path: Path) -> None:
+    model, _ = read(tmp_path, "30B-A3B")
+    total = model.parameters(128) + 2 * model.head_parameters
+    assert (round(total / 1e9, 1), round((model.layer_parameters + 2 * model.head_parameters) / 1e9, 2)) == (30.5, 3.35)
+    assert model.read_parameters(1) == pytest.approx(model.layer_parameters)
+    experts = 128 * 3 * 2048 * 768 * 48
+    all_but = model.parameters(128) - model.read_parameters(64)
+    assert all_but == pytest.approx(experts * (1 - 8 / 128) ** 64)
 
 
 def test_a_model_without_formulas_is_one_sentence(tmp_path: Path) -> None:

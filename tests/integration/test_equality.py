@@ -19,6 +19,7 @@ from mmv1.config import EngineArgs, resolve
 from mmv1.engine.llm import LLM
 from mmv1.engine.output_processor import CompletionOutput, RequestOutput
 from mmv1.preprocess.layout import load_layout
+from mmv1.step import ENCODER_CACHE_PAGE_ROWS
 from mmv1.types import SamplingParams
 from tests.integration.conversations import Case, make_cases, text_part
 from tests.integration.engines import Counters, all_deltas_of, assert_same_answer, forget_caches, greedy, run_inside
@@ -149,13 +150,16 @@ def using(*settings: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("setting", settings, indirect=True)
 
 
+def num_pictures(asked: Asked) -> int:
+    return sum(part["type"] != "text" for case in asked.cases for turn in case.reference for part in turn["content"])
+
+
 @using(*SETTINGS)
 def test_all_at_once_and_cold(engine: LLM, asked: Asked, setting: str) -> None:
     forget_caches(engine)
     counters = Counters(engine)
     asked.assert_same(engine.chat(asked.messages, GREEDY), "together")
-    num_pictures = sum(part["type"] != "text" for case in asked.cases for turn in case.reference for part in turn["content"])
-    assert counters.num_images_encoded >= num_pictures  # none of them twice in the set, so each was encoded
+    assert counters.num_images_encoded >= num_pictures(asked)  # none of them twice in the set, so each was encoded
     if setting == "few blocks":
         assert counters.num_preemptions > 0
     if setting == "chunks of 5":
@@ -188,7 +192,10 @@ def test_behind_another_beginning(engine: LLM, asked: Asked, other_beginnings: A
         assert counters.num_images_encoded == 0
         assert counters.encoder_cache_hits > 20
     if setting in ("tiny encoder cache", "short of everything"):
-        assert counters.num_images_encoded >= 20  # evicted, and made again
+        capacity = engine.stats().encoder_cache_capacity_bytes
+        page = ENCODER_CACHE_PAGE_ROWS * 64 * 4
+        most_kept = capacity // page  # a picture has a page at least; which are there at the end is a matter of timing
+        assert counters.num_images_encoded >= num_pictures(asked) - most_kept  # evicted, and made again
 
 
 @using(*SETTINGS)

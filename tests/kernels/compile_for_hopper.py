@@ -52,13 +52,21 @@ def main() -> None:
     fused.rms_norm(x, weight, 1e-6)
     fused.add_rms_norm(x, x, weight, 1e-6)
     fused.add_rms_norm(random(7, 3, 3584, dtype=torch.float32), x, weight, 1e-6)
+    vision, vision_weight = random(8, 1152), random(1152)  # of Qwen3-VL's towers
+    fused.layer_norm(vision, vision_weight, vision_weight, 1e-6)
+    fused.layer_norm(random(2, 4608), random(4608), random(4608), 1e-6)
+    fused.add_layer_norm(vision, vision, vision_weight, vision_weight, 1e-6)
+    fused.add_layer_norm(random(2, 8, 1152, dtype=torch.float32), vision, vision_weight, vision_weight, 1e-6)
     fused.silu_and_mul(random(3, 2 * 18944))
+    fused.quick_gelu(random(8, 5120))
     slots, cache = torch.zeros(3, dtype=torch.int32), random(2, 4, 16, 4, 128)
     for norm in (None, random(128)):
         fused.rotate_and_store(random(3, 36, 128), 4, random(3, 64), random(3, 64), slots, cache, norm, norm, 1e-6)
     angles = random(8, 40, dtype=torch.float32)
     fused.rotate_(random(8, 48, 80)[:, :32], angles, angles)
     fused.embed(slots, random(100, 3584), slots, random(7, 3584))
+    fused.embed(slots, random(100, 2048), slots, random(7, 4 * 2048))
+    fused.add_interpolated(vision, random(2304, 1152), torch.zeros(8, 4, dtype=torch.int64), torch.ones(8, 4))
     scale = torch.ones(3)
     fused.normalize_patches(random(8, 588, dtype=torch.uint8), torch.arange(2), 4, scale, scale, 592, torch.bfloat16)
     for rows, width in ((4608, 3584), (3584, 18944), (37888, 2048)):
@@ -67,7 +75,20 @@ def main() -> None:
             skinny_linear(tokens, matrix, random(rows), skinny_config(rows, partial=False)._replace(split_k=split))
         skinny_partial(tokens, matrix, skinny_config(rows, partial=True))
     gumbel_argmax(random(3, 152064), torch.ones(3), torch.zeros(3, dtype=torch.int64))
+    compile_experts()
     compile_attention()
+
+
+def compile_experts() -> None:
+    """Of Qwen3-30B-A3B: every tile; where a block takes all tokens, and where they are sorted; in float32 too."""
+    for num_experts, top_k in ((128, 8), (512, 10)):
+        fused.route(random(3, num_experts), top_k, True)
+    gate_up, down = random(128, 2 * 768, 2048), random(128, 2048, 768)
+    for tokens in (1, 64, 512, 4096):
+        fused.experts(random(tokens, 2048), gate_up, down, random(tokens, 8), torch.zeros(tokens, 8, dtype=torch.int32))
+    for tokens in (1, 17):
+        weights, ids = random(tokens, 8, dtype=torch.float32), torch.zeros(tokens, 8, dtype=torch.int32)
+        fused.experts(random(tokens, 2048, dtype=torch.float32), gate_up[:1].float(), down[:1].float(), weights, ids)
 
 
 def compile_attention() -> None:

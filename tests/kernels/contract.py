@@ -103,11 +103,47 @@ def check_add_rms_norm_of_parts(s: Setting, parts: int, rows: int, width: int) -
     s.close(result, normed(expected, weight), scale=4.0)
 
 
+def layer_normed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Rounded once. In float64: what is exact has no order of sums."""
+    wide = x.double()
+    wide = wide - wide.mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight.double() + bias.double()).to(x.dtype)
+
+
+def check_layer_norm(s: Setting, rows: int, width: int) -> None:
+    x, weight, bias = s.random(rows, width) + 3.0, s.random(1, width)[0], s.random(1, width)[0]
+    s.close(s.ops.layer_norm(apart(x), weight, bias, EPS), layer_normed(x, weight, bias), scale=4.0)
+
+
+def check_add_layer_norm(s: Setting, rows: int, width: int) -> None:
+    x, residual, weight, bias = s.random(rows, width), s.random(rows, width), s.random(1, width)[0], s.random(1, width)[0]
+    before = residual.clone()
+    result, total = s.ops.add_layer_norm(x, residual, weight, bias, EPS)
+    s.close(total, residual + x)
+    s.close(result, layer_normed(residual + x, weight, bias), scale=4.0)
+    assert torch.equal(residual, before)
+
+
+def check_add_layer_norm_of_parts(s: Setting, parts: int, rows: int, width: int) -> None:
+    x = s.random(parts, rows, width, dtype=torch.float32)
+    residual, weight, bias = s.random(rows, width), s.random(1, width)[0], s.random(1, width)[0]
+    result, total = s.ops.add_layer_norm(x, residual, weight, bias, EPS)
+    expected = residual + x.sum(dim=0).to(s.dtype)
+    s.close(total, expected, scale=2.0)
+    s.close(result, layer_normed(expected, weight, bias), scale=4.0)
+
+
 def check_silu_and_mul(s: Setting, rows: int, width: int) -> None:
     x = s.random(rows, 2 * width)
     x[0, 0], x[0, width] = 60.0, 2.0  # beyond where exp is of use
     x[-1, width - 1], x[-1, -1] = -60.0, 2.0
     s.close(s.ops.silu_and_mul(x), F.silu(x[:, :width]) * x[:, width:])
+
+
+def check_quick_gelu(s: Setting, rows: int, width: int) -> None:
+    x = s.random(rows, width)
+    x[0, 0], x[-1, -1] = 50.0, -50.0  # beyond where exp is of use
+    s.close(s.ops.quick_gelu(x), x * torch.sigmoid(1.702 * x))
 
 
 def check_rotate_and_store(
@@ -150,16 +186,29 @@ def check_rotate_(s: Setting, rows: int, heads: int, head_dim: int) -> None:
     assert torch.equal(everything[:, :1], before[:, :1]) and torch.equal(everything[:, 1 + heads :], before[:, 1 + heads :])
 
 
-def check_embed(s: Setting, rows: int, vocab: int, width: int) -> None:
-    table, images = s.random(vocab, width), s.random(7, width)
+def check_embed(s: Setting, rows: int, vocab: int, width: int, levels: int) -> None:
+    table, images = s.random(vocab, width), s.random(7, levels * width)
     images[3] = float("nan")  # of no token
     ids = torch.randint(0, vocab, (rows,)).tolist()
     image_rows = [(-1, 6, 0, -1, 2)[i % 5] for i in range(rows)]
     result = s.ops.embed(s.ints(ids), table, s.ints(image_rows), images)
-    expected = torch.stack([table[i] if row < 0 else images[row] for i, row in zip(ids, image_rows, strict=True)])
+    text = torch.cat((table, torch.zeros(vocab, (levels - 1) * width, dtype=s.dtype, device=s.device)), dim=1)
+    expected = torch.stack([text[i] if row < 0 else images[row] for i, row in zip(ids, image_rows, strict=True)])
     assert torch.equal(result, expected)
-    text = s.ops.embed(s.ints(ids), table, s.ints([-1] * rows), images[:0])
-    assert torch.equal(text, table[torch.tensor(ids, device=s.device)])
+    without = s.ops.embed(s.ints(ids), table, s.ints([-1] * rows), images[:0])
+    assert torch.equal(without, text[torch.tensor(ids, device=s.device)])
+
+
+def check_add_interpolated(s: Setting, rows: int, places: int, width: int) -> None:
+    x, table = s.random(rows, width), s.random(places, width)
+    indices = apart(torch.randint(0, places - 1, (rows, 4), device=s.device))
+    table[places - 1] = float("nan")  # of no patch
+    along, across = torch.rand(rows, 1, device=s.device), torch.rand(rows, 1, device=s.device)
+    weights = torch.cat(((1 - along) * (1 - across), (1 - along) * across, along * (1 - across), along * across), dim=1)
+    before = x.clone()
+    mean = sum(weights[:, tap, None] * table[indices[:, tap]].float() for tap in range(4))
+    s.close(s.ops.add_interpolated(x, table, indices, apart(weights)), x + mean.to(s.dtype), scale=2.0)  # type: ignore[union-attr]
+    assert torch.equal(x, before)
 
 
 def check_normalize_patches(s: Setting, units: int, unit: int, channels: int, pixels: int, padded_width: int) -> None:
@@ -192,3 +241,36 @@ def check_partial(result: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype)
     assert result.dtype == (torch.float32 if result.dim() == 3 else dtype)
     total = result.float().sum(dim=0) if result.dim() == 3 else result.float()
     torch.testing.assert_close(total, exact, rtol=_RELATIVE[dtype] / 4, atol=_RELATIVE[dtype] / 4)
+
+
+def check_route(s: Setting, tokens: int, num_experts: int, top_k: int) -> None:
+    logits = s.random(tokens, num_experts) * 2
+    for renormalize in (False, True):
+        weights, ids = s.ops.route(apart(logits), top_k, renormalize)
+        assert weights.dtype == s.dtype and ids.dtype == torch.int32 and weights.shape == ids.shape == (tokens, top_k)
+        assert all(len(set(row)) == top_k for row in ids.tolist())
+        probabilities = logits.float().softmax(dim=-1)
+        chosen = probabilities.gather(1, ids.long())
+        # By their probabilities: of two experts that are equally likely either may come.
+        torch.testing.assert_close(chosen, probabilities.sort(descending=True).values[:, :top_k], rtol=1e-5, atol=0.0)
+        s.close(weights, (chosen / chosen.sum(dim=1, keepdim=True) if renormalize else chosen).to(s.dtype), scale=0.0)
+
+
+def check_experts(s: Setting, tokens: int, num_experts: int, top_k: int, hidden: int, width: int) -> None:
+    """Token by token. Experts and numbers that nobody asks for are NaN."""
+    x = s.random(tokens, hidden)
+    gate_up = torch.randn(num_experts, 2 * width, hidden, device=s.device).div_(hidden**0.5).to(s.dtype)
+    down = torch.randn(num_experts, hidden, width, device=s.device).div_(width**0.5).to(s.dtype)
+    weights = apart(torch.rand(tokens, top_k, device=s.device).to(s.dtype))
+    ids = torch.stack([torch.randperm(num_experts - 1)[:top_k] for _ in range(tokens)])  # the last is nobody's
+    gate_up[-1], down[-1] = float("nan"), float("nan")
+    before = x.clone()
+    result = s.ops.experts(x, gate_up, down, weights, apart(ids.int().to(s.device)))
+    assert torch.equal(x, before)
+    expected = torch.zeros(tokens, hidden, device=s.device)
+    for token in range(tokens):
+        for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
+            gate, up = F.linear(x[token], gate_up[expert]).chunk(2)
+            expected[token] += (F.linear(F.silu(gate) * up, down[expert]) * weight).float()
+    # Nobody has to round as often as transformers does.
+    s._replace(like_transformers=False).close(result, expected.to(s.dtype))

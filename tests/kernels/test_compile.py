@@ -22,9 +22,11 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     compiled = [line.split() for line in run.stdout.splitlines()]
     assert {name for name, _, _ in compiled} == {
-        "_rms_norm_kernel", "_add_rms_norm_kernel", "_silu_and_mul_kernel", "_rotate_and_store_kernel", "_rotate_kernel",
-        "_embed_kernel", "_normalize_patches_kernel", "_skinny_kernel", "_sum_parts_kernel", "_draw_parts_kernel",
-        "_choose_part_kernel", "_attention_kernel", "_combine_kernel", "_window_kernel", "_segment_kernel",
+        "_rms_norm_kernel", "_add_rms_norm_kernel", "_layer_norm_kernel", "_add_layer_norm_kernel", "_silu_and_mul_kernel",
+        "_quick_gelu_kernel", "_rotate_and_store_kernel", "_rotate_kernel", "_embed_kernel", "_add_interpolated_kernel",
+        "_normalize_patches_kernel", "_skinny_kernel", "_sum_parts_kernel", "_draw_parts_kernel", "_choose_part_kernel",
+        "_route_kernel", "_count_kernel", "_sort_kernel", "_gate_up_kernel", "_down_kernel", "_sum_kernel",
+        "_attention_kernel", "_combine_kernel", "_window_kernel", "_segment_kernel",
     }  # fmt: skip
     for name, shared, local in compiled:
         assert int(shared) <= SHARED_MEMORY_BYTES and int(local) == 0, (name, shared, local)

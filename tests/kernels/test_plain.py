@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers.activations import QuickGELUActivation
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeTopKRouter
 
 from mmv1.kernels import plain
 
@@ -32,3 +36,26 @@ def test_pixels_are_those_of_the_image_processor() -> None:
     every = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, -1)
     result = plain.normalize_patches(every, torch.tensor([0]), 1, mean, std, 768, torch.float32)
     assert torch.equal(result.view(3, 256), (torch.arange(256).float() - mean[:, None]) / std[:, None])
+
+
+def test_the_fast_gelu_is_transformers() -> None:
+    x = (torch.randn(50, 80) * 4).bfloat16()
+    assert torch.equal(plain.quick_gelu(x), QuickGELUActivation()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_a_mixture_of_experts_is_transformers(dtype: torch.dtype, renormalize: bool) -> None:
+    config = SimpleNamespace(
+        num_experts=24, num_experts_per_tok=4, hidden_size=48, moe_intermediate_size=40, norm_topk_prob=renormalize,
+        hidden_act="silu", _experts_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    router, theirs = Qwen3MoeTopKRouter(config).to(dtype), Qwen3MoeExperts(config).to(dtype)
+    for parameter in (router.weight, theirs.gate_up_proj, theirs.down_proj):
+        parameter.requires_grad_(False).normal_()
+    x = torch.randn(33, 48).to(dtype)
+    logits, weights, ids = router(x)
+    our_weights, our_ids = plain.route(logits, 4, renormalize)
+    assert torch.equal(our_weights, weights) and torch.equal(our_ids.long(), ids)
+    assert torch.equal(plain.experts(x, theirs.gate_up_proj, theirs.down_proj, our_weights, our_ids), theirs(x, ids, weights))

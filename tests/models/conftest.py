@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmv1.models.qwen2_5_vl import Qwen2_5_VL
+from mmv1.models.language_model import LanguageModel
 from mmv1.models.registry import load_model
 from tests.runner.driver import tiny_config
 
@@ -21,7 +21,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_model_dir: Path) -> Qwen2_5_VL:
+def tiny_model(tiny_model_dir: Path) -> LanguageModel:
     model = load_model(tiny_config(tiny_model_dir).model, torch.device("cpu"))
-    assert isinstance(model, Qwen2_5_VL)
+    assert isinstance(model, LanguageModel)
     return model

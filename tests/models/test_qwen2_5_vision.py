@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmv1.models.interface import GridTHW
-from mmv1.models.qwen2_5_vl import Qwen2_5_VL
+from mmv1.models.language_model import LanguageModel
 from mmv1.runner.attention.sdpa import SDPABackend
 from tests.oracle import HFOracle
 from tests.runner.driver import Picture, make_picture
@@ -23,7 +23,7 @@ def reference(oracle: HFOracle, picture: Picture) -> torch.Tensor:
         return oracle.model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
 
 
-def encode(model: Qwen2_5_VL, pictures: list[Picture]) -> torch.Tensor:
+def encode(model: LanguageModel, pictures: list[Picture]) -> torch.Tensor:
     patches = torch.from_numpy(np.concatenate([p.patches for p in pictures]))
     grids: list[GridTHW] = [p.grid_thw for p in pictures]
     with torch.inference_mode():
@@ -32,18 +32,18 @@ def encode(model: Qwen2_5_VL, pictures: list[Picture]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_embeddings_equal_transformers(tiny_model: Qwen2_5_VL, hf_oracle: HFOracle, size: tuple[int, int]) -> None:
+def test_embeddings_equal_transformers(tiny_model: LanguageModel, hf_oracle: HFOracle, size: tuple[int, int]) -> None:
     picture = make_picture(*size)
     torch.testing.assert_close(encode(tiny_model, [picture]), reference(hf_oracle, picture), atol=1e-4, rtol=1e-4)
 
 
-def test_several_pictures_in_one_call_equal_one_by_one(tiny_model: Qwen2_5_VL) -> None:
+def test_several_pictures_in_one_call_equal_one_by_one(tiny_model: LanguageModel) -> None:
     pictures = [make_picture(*size, seed=i) for i, size in enumerate([*SIZES, SIZES[3], SIZES[0]])]
     one_by_one = torch.cat([encode(tiny_model, [picture]) for picture in pictures])
     torch.testing.assert_close(encode(tiny_model, pictures), one_by_one, atol=1e-4, rtol=1e-4)
 
 
-def test_pixels_equal_the_image_processors(tiny_model: Qwen2_5_VL, hf_oracle: HFOracle) -> None:
+def test_pixels_equal_the_image_processors(tiny_model: LanguageModel, hf_oracle: HFOracle) -> None:
     """Every value a channel can have, to the last bit."""
     values = np.arange(256, dtype=np.uint8)
     picture = Picture(np.resize(values[:, None, None], (280, 28, 3)))
@@ -57,7 +57,7 @@ def test_pixels_equal_the_image_processors(tiny_model: Qwen2_5_VL, hf_oracle: HF
     assert torch.equal(both_frames, expected)
 
 
-def test_tables_of_a_grid_are_made_once(tiny_model: Qwen2_5_VL) -> None:
+def test_tables_of_a_grid_are_made_once(tiny_model: LanguageModel) -> None:
     before = tiny_model.visual._tables.cache_info()
     for seed in range(3):
         encode(tiny_model, [make_picture(7, 11, seed)])

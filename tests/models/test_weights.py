@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from examples.tiny_model import make_tiny_model
 from mmv1.errors import ConfigError
-from mmv1.models.qwen2_5_vl import Qwen2_5_VL
+from mmv1.models.language_model import LanguageModel
 from mmv1.models.registry import load_model
 from tests.models.test_qwen2_5_vl import as_flat
 from tests.runner.driver import tiny_config
@@ -26,9 +26,9 @@ def model_dir(tiny_model_dir: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_model_dir, tmp_path / "model")
 
 
-def load(path: Path, **args: object) -> Qwen2_5_VL:
+def load(path: Path, **args: object) -> LanguageModel:
     model = load_model(tiny_config(path, **args).model, torch.device("cpu"))
-    assert isinstance(model, Qwen2_5_VL)
+    assert isinstance(model, LanguageModel)
     return model
 
 
@@ -38,13 +38,13 @@ def rewrite(path: Path, change: dict[str, torch.Tensor | None]) -> None:
     save_file({name: t.contiguous() for name, t in tensors.items() if t is not None}, path / "model.safetensors")
 
 
-def assert_same_weights(model: Qwen2_5_VL, other: Qwen2_5_VL) -> None:
+def assert_same_weights(model: LanguageModel, other: LanguageModel) -> None:
     theirs = other.state_dict()
     for name, parameter in model.state_dict().items():
         assert torch.equal(parameter, theirs[name]), name
 
 
-def test_merged_and_folded_parameters_hold_the_checkpoints_numbers(tiny_model: Qwen2_5_VL, tiny_model_dir: Path) -> None:
+def test_merged_and_folded_parameters_hold_the_checkpoints_numbers(tiny_model: LanguageModel, tiny_model_dir: Path) -> None:
     stored = load_file(tiny_model_dir / "model.safetensors")
     attention = tiny_model.model.layers[1].self_attn
     for kind in ("weight", "bias"):
@@ -56,7 +56,7 @@ def test_merged_and_folded_parameters_hold_the_checkpoints_numbers(tiny_model: Q
     assert torch.equal(weight[:, :588], (kernel[:, :, 0] + kernel[:, :, 1]).flatten(1))
 
 
-def test_both_dialects_load_the_same(tiny_model: Qwen2_5_VL, model_dir: Path) -> None:
+def test_both_dialects_load_the_same(tiny_model: LanguageModel, model_dir: Path) -> None:
     """The names of transformers 5's modules with the nested config, those of the hub's checkpoints with the flat one."""
     config = json.loads((model_dir / "config.json").read_text())
     hub = load_file(model_dir / "model.safetensors")
@@ -85,7 +85,7 @@ def shard(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def test_a_sharded_checkpoint_loads_the_same(tiny_model: Qwen2_5_VL, model_dir: Path) -> None:
+def test_a_sharded_checkpoint_loads_the_same(tiny_model: LanguageModel, model_dir: Path) -> None:
     shard(model_dir)
     save_file({"stray": torch.zeros(1)}, model_dir / "another.safetensors")  # not in the index: not read
     assert_same_weights(load(model_dir), tiny_model)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 from mmv1.config import Normalization
-from mmv1.models.qwen2_5_vision import PatchEmbed
+from mmv1.models.layers.vision import PatchEmbed
 from mmv1.preprocess.header import probe_header
 from mmv1.preprocess.layout import Qwen2VLLayout
 from mmv1.preprocess.media import ImageLimits, encode_pil
@@ -49,7 +49,7 @@ def patch_embed():
     shape = SimpleNamespace(
         hidden_size=1, in_channels=3, temporal_patch_size=2, spatial_merge_size=2, patch_size=14, patch_numbers=588
     )
-    return PatchEmbed(shape, Normalization(ours.image_mean, ours.image_std, ours.rescale_factor))
+    return PatchEmbed(shape, Normalization(ours.image_mean, ours.image_std, ours.rescale_factor), bias=False)
 
 
 def reference(encoded):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from mmv1.config import ModelConfig
 from mmv1.errors import ConfigError, ImageError, RequestError
+from mmv1.models import registry
 from mmv1.preprocess.image_settings import ImageSettings, picture_settings, processor_settings
-from mmv1.preprocess.layout import PixelLimits, Qwen2VLLayout, load_layout
+from mmv1.preprocess.layout import PixelLimits, Qwen2VLLayout, TextLayout, load_layout
 
 IDS = {"image_token_id": 1, "video_token_id": 2}
 
@@ -240,11 +241,28 @@ def test_what_is_not_supported_is_refused(processor):
 def test_registry(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"max_pixels": 50176}))
     assert load_layout(model_config(tmp_path)).limits.max_pixels == 50176
-    assert load_layout(model_config(tmp_path, architecture="", hf_config={**IDS, "model_type": "qwen2_5_vl"})).image_token_id == 1
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"max_pixels": 100352}}))
     assert load_layout(model_config(tmp_path)).limits.max_pixels == 100352  # transformers 5 writes it here, and reads it first
-    for architecture, model_type in (("Qwen2VLForConditionalGeneration", "qwen2_vl"), ("LlavaForConditionalGeneration", "llava")):
-        with pytest.raises(ConfigError, match=architecture):  # as long as no model class runs it
-            load_layout(model_config(tmp_path, architecture=architecture, hf_config={**IDS, "model_type": model_type}))
+    with pytest.raises(ConfigError, match="'LlavaForConditionalGeneration' is not supported; supported: LlamaForCausalLM, Qwen2"):
+        load_layout(model_config(tmp_path, architecture="LlavaForConditionalGeneration", hf_config=IDS))
     with pytest.raises(ConfigError, match="image_token_id"):
         load_layout(model_config(tmp_path, hf_config={}))
+
+
+def test_layouts_and_models_are_of_the_same_architectures():
+    assert {*TextLayout.architectures, *Qwen2VLLayout.architectures} == set(registry._BUILDERS)
+    assert not set(TextLayout.architectures) & set(Qwen2VLLayout.architectures)
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"), [({"patch_size": 16}, "patch_size 14"), ({"spatial_merge_size": 3}, "merge_size 2")]
+)
+def test_pictures_cut_up_otherwise_than_the_tower_takes_them_are_refused(tmp_path, vision, message):
+    with pytest.raises(ConfigError, match=f"{message} where config.json has"):
+        load_layout(model_config(tmp_path, hf_config={**IDS, "vision_config": vision}))
+
+
+def test_a_model_of_text_alone_has_nothing_to_hold_pictures(tmp_path):
+    layout = load_layout(model_config(tmp_path, architecture="LlamaForCausalLM", hf_config={}))
+    assert (layout.takes_images, layout.image_token_id) == (False, None)
+    assert (layout.max_image_tokens(4096), layout.image_bytes(9)) == (0, 0)

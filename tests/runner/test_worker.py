@@ -50,7 +50,8 @@ def test_memory_on_a_cpu_is_what_is_usable_within_bounds(tiny_model_dir: Path, m
     per_token = worker.get_kv_cache_specs()[0].bytes_per_token()
     usable = (4 * 7 + 1) * 16 * per_token
     assert worker.determine_memory(usable) == 2 * usable
-    assert worker.determine_memory(0) == usable + usable // 4
+    assert worker.determine_memory(1) == usable + usable // 4
+    assert worker.determine_memory(0) == usable  # a model without pictures
     monkeypatch.setattr("mmv1.runner.worker.available_memory_bytes", lambda: 1000)
     assert worker.determine_memory(0) == 500
 
