@@ -204,7 +204,8 @@ class ChatAnswer:
     ) -> None:
         self._llm = llm
         self._request = request
-        self._prompt = ChatPrompt(to_conversation(request.messages, pictures), as_template_tools(request.tools or ()))
+        conversation, tools = to_conversation(request.messages, pictures), as_template_tools(request.tools or ())
+        self._prompt = ChatPrompt(conversation, tools, request.chat_template_kwargs or {})
         self._params = _forcing_calls(request, to_sampling_params(request, defaults, llm.config.model.vocab_size))
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())

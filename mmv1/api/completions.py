@@ -43,7 +43,7 @@ class CompletionRequest(GenerationFields, kw_only=True, forbid_unknown_fields=Tr
     model: Annotated[str, Meta(min_length=1)]
     prompt: str | list[str | int | list[int]]  # a text, token ids, or several of one kind
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    add_special_tokens: bool | None = None  # without effect: the tokenizers served here add none
+    add_special_tokens: bool | None = None  # those that the tokenizer puts before every text; None: yes
 
     # Refused, unless the value asks for what happens anyway.
     best_of: Any = None
@@ -102,10 +102,10 @@ def decode_completion_request(body: bytes) -> CompletionRequest:
     return request
 
 
-def to_prompts(prompt: str | list[str | int | list[int]]) -> list[RawPrompt]:
+def to_prompts(prompt: str | list[str | int | list[int]], *, add_special_tokens: bool = True) -> list[RawPrompt]:
     """Raises RequestError for a list that is neither token ids nor several prompts of one kind."""
     if isinstance(prompt, str):
-        return [RawPrompt(prompt)]
+        return [RawPrompt(prompt, add_special_tokens=add_special_tokens)]
     kinds = {type(item) for item in prompt}
     if len(kinds) != 1:
         fault = "is empty" if not kinds else "mixes texts and token ids"
@@ -114,7 +114,7 @@ def to_prompts(prompt: str | list[str | int | list[int]]) -> list[RawPrompt]:
         return [RawPrompt(prompt)]  # type: ignore[arg-type]
     if len(prompt) > _MAX_PROMPTS:
         raise RequestError(f"prompt: at most {_MAX_PROMPTS} in one request", param="prompt")
-    return [RawPrompt(item) for item in prompt]  # type: ignore[arg-type]
+    return [RawPrompt(item, add_special_tokens=add_special_tokens) for item in prompt]  # type: ignore[arg-type]
 
 
 class _LogprobsWriter:
@@ -141,7 +141,7 @@ class CompletionAnswer:
     def __init__(self, llm: AsyncLLM, request: CompletionRequest, defaults: SamplingDefaults, metrics: Metrics) -> None:
         self._llm = llm
         self._request = request
-        self._prompts = to_prompts(request.prompt)
+        self._prompts = to_prompts(request.prompt, add_special_tokens=request.add_special_tokens is not False)
         self._params = to_sampling_params(request, defaults, llm.config.model.vocab_size)
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())

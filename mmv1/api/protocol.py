@@ -146,8 +146,9 @@ class ChatCompletionRequest(GenerationFields, kw_only=True, forbid_unknown_field
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None  # "auto" with tools
     parallel_tool_calls: bool | None = None  # false: no call after the first
+    chat_template_kwargs: dict[str, Any] | None = None  # values of the model's chat template's own variables
 
-    # Accepted without effect: the models served here do not reason before they answer, and nothing is predicted.
+    # Accepted without effect: no template served here knows grades of effort, and nothing is predicted.
     reasoning_effort: ShortString | None = None
     verbosity: ShortString | None = None
     prediction: Any = None
@@ -165,7 +166,6 @@ class ChatCompletionRequest(GenerationFields, kw_only=True, forbid_unknown_field
     length_penalty: Any = None
     use_beam_search: Any = None
     chat_template: Any = None
-    chat_template_kwargs: Any = None
     add_generation_prompt: Any = None
     continue_final_message: Any = None
 
@@ -187,7 +187,6 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "length_penalty": (1, 1.0),
     "use_beam_search": (False,),
-    "chat_template_kwargs": ({},),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
 }

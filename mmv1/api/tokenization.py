@@ -29,13 +29,13 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     mm_processor_kwargs: ProcessorKwargs | None = None
     return_token_strs: bool | None = None
-    add_special_tokens: bool | None = None  # without effect: the tokenizers served here add none
+    add_special_tokens: bool | None = None  # of a prompt: those that the tokenizer puts before every text; None: yes
+    chat_template_kwargs: dict[str, Any] | None = None
 
     # Refused, unless the value asks for what happens anyway.
     add_generation_prompt: Any = None
     continue_final_message: Any = None
     chat_template: Any = None
-    chat_template_kwargs: Any = None
 
 
 class TokenizeResponse(msgspec.Struct):
@@ -66,8 +66,9 @@ def decode_tokenize_request(body: bytes) -> TokenizeRequest:
     check_messages(request.messages or ())
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
-    if request.tools and request.messages is None:
-        raise RequestError("tools need messages", param="tools")
+    for name in ("tools", "chat_template_kwargs"):
+        if getattr(request, name) and request.messages is None:
+            raise RequestError(f"{name} need messages", param=name)
     return request
 
 
@@ -81,9 +82,10 @@ async def tokenize(llm: AsyncLLM, request: TokenizeRequest, cache_salt: str) -> 
     tokens. Raises RequestError as a request for an answer would, but not for the context's length."""
     prompt: ChatPrompt | RawPrompt
     if request.messages is not None:
-        prompt = ChatPrompt(to_conversation(request.messages), as_template_tools(request.tools or ()))
+        conversation, tools = to_conversation(request.messages), as_template_tools(request.tools or ())
+        prompt = ChatPrompt(conversation, tools, request.chat_template_kwargs or {})
     else:
-        prompt = RawPrompt(request.prompt or "")
+        prompt = RawPrompt(request.prompt or "", add_special_tokens=request.add_special_tokens is not False)
     kwargs = request.mm_processor_kwargs
     settings = NOTHING_SAID if kwargs is None else kwargs.settings()
     token_ids = await llm.tokenize(prompt, cache_salt=cache_salt, image_settings=settings)

@@ -10,8 +10,8 @@ import asyncio
 import itertools
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -34,18 +34,22 @@ from mmv1.types import Abort, EngineCoreOutputs, EngineCoreRequest, EngineReady,
 
 @dataclass(frozen=True, slots=True)
 class RawPrompt:
-    """A prompt without a chat template: text in which special tokens mean themselves, or token ids; one placeholder a picture."""
+    """A prompt without a chat template: text in which special tokens mean themselves, or token ids; one placeholder a picture.
+    `add_special_tokens`: before a text comes what the tokenizer puts before every text."""
 
     prompt: str | Sequence[int]
     images: Sequence[ImageSource] = ()
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation, and the tools that the chat template shows to the model (each {"type": "function", "function": {...}})."""
+    """A conversation, the tools that the chat template shows to the model (each {"type": "function", "function": {...}}), and
+    values of the template's own variables."""
 
     messages: Sequence[Message]
     tools: Sequence[dict[str, Any]] = ()
+    template_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 Prompt = Sequence[Message] | ChatPrompt | RawPrompt
@@ -156,8 +160,8 @@ class AsyncLLM:
     ) -> list[int]:
         """The token ids that `generate` would compute, of whatever length, with every picture's placeholder expanded. Raises
         RequestError."""
-        if prompt == RawPrompt(""):
-            return []
+        if isinstance(prompt, RawPrompt) and prompt.prompt == "":
+            return self.preprocessor.text_token_ids("", add_special_tokens=prompt.add_special_tokens)
         request_id = uuid.uuid4().hex
         try:
             prepared = await self._prepare_within(sys.maxsize, request_id, prompt, image_settings, cache_salt.encode())
@@ -180,12 +184,14 @@ class AsyncLLM:
     ) -> PreparedPrompt:
         if isinstance(prompt, RawPrompt):
             return await self.preprocessor.prepare_prompt(
-                request_id, prompt.prompt, prompt.images, image_settings, max_prompt_tokens=room, tenant_scope=scope
-            )
+                request_id, prompt.prompt, prompt.images, image_settings,
+                add_special_tokens=prompt.add_special_tokens, max_prompt_tokens=room, tenant_scope=scope,
+            )  # fmt: skip
         chat = prompt if isinstance(prompt, ChatPrompt) else ChatPrompt(prompt)
         return await self.preprocessor.prepare_chat(
-            request_id, chat.messages, image_settings, tools=chat.tools, max_prompt_tokens=room, tenant_scope=scope
-        )
+            request_id, chat.messages, image_settings, tools=chat.tools, template_settings=chat.template_settings,
+            max_prompt_tokens=room, tenant_scope=scope,
+        )  # fmt: skip
 
     def _core_requests(
         self, request_id: str, prepared: PreparedPrompt, params: SamplingParams, priority: int, cache_salt: str

@@ -27,7 +27,7 @@ import msgspec
 from PIL import Image
 
 from mmv1.config import EngineArgs, resolve
-from mmv1.engine.async_llm import AsyncLLM, Prompt, RawPrompt, merge_outputs
+from mmv1.engine.async_llm import AsyncLLM, ChatPrompt, Prompt, RawPrompt, merge_outputs
 from mmv1.engine.output_processor import CompletionOutput, RequestOutput
 from mmv1.errors import MMV1Error, RequestError
 from mmv1.preprocess.image_settings import NOTHING_SAID, ImageSettings, picture_settings, processor_settings
@@ -66,17 +66,20 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of them, in order. `messages` are OpenAI's, and content parts may also be
         {"type": "image", "image": PIL image, path, bytes or URL}. A picture's size is set with "detail", "min_pixels" and
         "max_pixels" beside it, and with `mm_processor_kwargs` (min_pixels, max_pixels, or transformers' size) for all that do
-        not say otherwise. Raises RequestError for the first one at fault."""
+        not say otherwise. `chat_template_kwargs`: values of the chat template's own variables. Raises RequestError for the first
+        one at fault."""
         if messages and isinstance(messages[0], Mapping):
             conversations: Sequence[Any] = [messages]
         else:
             conversations = messages
         settings = processor_settings(mm_processor_kwargs)
-        return self._answer([(_conversation(conversation), settings) for conversation in conversations], sampling_params)
+        prompts = [ChatPrompt(_conversation(each), template_settings=chat_template_kwargs or {}) for each in conversations]
+        return self._answer([(prompt, settings) for prompt in prompts], sampling_params)
 
     def generate(
         self,

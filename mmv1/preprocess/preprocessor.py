@@ -6,8 +6,9 @@ decoded until the core asks for it. Knows nothing of HTTP servers, schedulers or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -113,12 +114,14 @@ class Preprocessor:
         image_settings: ImageSettings = NOTHING_SAID,
         *,
         tools: Sequence[dict[str, Any]] = (),
+        template_settings: Mapping[str, Any] = MappingProxyType({}),
         max_prompt_tokens: int | None = None,
         tenant_scope: bytes = b"",
     ) -> PreparedPrompt:
         """Fetch, probe and hash the pictures, render and tokenize the conversation. From here on the pictures' bytes are kept
         for `request_id`, until `release_request`. `image_settings` are the request's, for all pictures that do not say
-        otherwise. `tools`: see `PromptRenderer.render_chat`. `max_prompt_tokens`: None leaves room for one token of answer.
+        otherwise. `tools`, `template_settings`: see `PromptRenderer.render_chat`. `max_prompt_tokens`: None leaves room for one
+        token of answer.
         `tenant_scope` enters mm_hash: pictures of different scopes share nothing. Nothing is downloaded for a prompt that is
         refused anyway. Raises RequestError (ImageError, ContextLengthError)."""
         if not messages:
@@ -126,7 +129,7 @@ class Preprocessor:
         pictures = image_parts(messages)
         self._check_number(len(pictures))
         size = sum(_text_size(message) for message in messages) + _TOOL_CHARACTERS * len(tools)
-        token_ids = await off_loop(_TEXT_COST * size, self._prompts.render_chat, messages, tools)
+        token_ids = await off_loop(_TEXT_COST * size, self._prompts.render_chat, messages, tools, template_settings)
         return await self._prepare(request_id, token_ids, pictures, image_settings, max_prompt_tokens, tenant_scope)
 
     async def prepare_prompt(
@@ -136,18 +139,24 @@ class Preprocessor:
         images: Sequence[ImageSource] = (),
         image_settings: ImageSettings = NOTHING_SAID,
         *,
+        add_special_tokens: bool = True,
         max_prompt_tokens: int | None = None,
         tenant_scope: bytes = b"",
     ) -> PreparedPrompt:
-        """The same for a raw prompt, as text in which special tokens mean themselves or as ids, with one placeholder per
-        picture."""
+        """The same for a raw prompt, as text (see `PromptRenderer.render_text`) or as ids, with one placeholder per picture."""
         self._check_number(len(images))
         if isinstance(prompt, str):
-            token_ids = await off_loop(_TEXT_COST * len(prompt), self._prompts.render_text, prompt)
+            token_ids = await off_loop(
+                _TEXT_COST * len(prompt), self._prompts.render_text, prompt, add_special_tokens=add_special_tokens
+            )
         else:
             token_ids = self._prompts.check_ids(prompt)
         parts = [ImagePart(image) for image in images]
         return await self._prepare(request_id, token_ids, parts, image_settings, max_prompt_tokens, tenant_scope)
+
+    def text_token_ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Of a text without pictures, which may be empty."""
+        return self._prompts.render_text(text, add_special_tokens=add_special_tokens)
 
     def release_request(self, request_id: str) -> None:
         """The request has ended: its pictures' bytes are dropped, unless another request refers to them. Unknown ids are

@@ -11,9 +11,10 @@ import datetime
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -30,6 +31,7 @@ from mmv1.preprocess.media import ImageSource
 _NFC_JOINS = 3  # at most so many bytes become one when a tokenizer brings text into normal form C
 
 _ROLE = re.compile(r"[a-z_]{1,32}")
+_OURS = {"messages", "tools", "documents", "add_generation_prompt"}  # variables of templates
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -94,21 +96,31 @@ class PromptRenderer:
         self._template_variables = {name: _token_text(config[name]) for name in _SPECIAL_TOKEN_NAMES if config.get(name)}
         source = _find_template(model_dir, config)
         self._template = None if source is None else _compile(source)
-        self._takes_tools = self._template is not None and "tools" in _variables_of(self._template, source)
+        known = set() if self._template is None else _variables_of(self._template, source)
+        self._takes_tools = "tools" in known
+        self._settings = known - _OURS - set(_SPECIAL_TOKEN_NAMES)  # what is left is the request's to set
 
     def render_chat(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        settings: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of a conversation, one placeholder per picture. `tools`: what the template shows of functions to call, each
-        {"type": "function", "function": {...}}. Raises RequestError."""
+        {"type": "function", "function": {...}}. `settings`: values of the template's own variables, such as Qwen3's
+        enable_thinking. Raises RequestError."""
         if self._template is None:
             raise RequestError("this model has no chat template: send a plain prompt", param="messages")
+        self._check_settings(settings)
         if not self._takes_tools and (tools or any(message.role == "tool" or message.tool_calls for message in messages)):
             message, param = "this model's chat template takes no tools", "tools" if tools else "messages"
             raise RequestError(message, code="unsupported_parameter", param=param)
         try:
             turns = [self._turn(message) for message in messages]
-            variables = {**self._template_variables, "add_generation_prompt": add_generation_prompt}
+            own = {name: self._cover_all(value) for name, value in settings.items()}
+            variables = {**own, **self._template_variables, "add_generation_prompt": add_generation_prompt}
             shown = [self._cover_all(tool) for tool in tools] or None
             text = self._template.render(messages=turns, tools=shown, documents=None, **variables)
         except jinja2.TemplateError as error:
@@ -117,10 +129,20 @@ class PromptRenderer:
             raise RequestError("the model's chat template cannot render these messages", param="messages") from None
         return self._encode(text)
 
-    def render_text(self, text: str) -> list[int]:
-        """Token ids of a raw prompt, in which special tokens mean themselves; one placeholder per picture. First comes what the
-        tokenizer puts before every text (some families' beginning-of-sequence token); a chat template writes it itself."""
-        return self._prefix + self._encode(text)
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raises RequestError for one that the template does not know, or that is ours to set."""
+        unknown = next((name for name in settings if name not in self._settings), None)
+        if unknown is not None:
+            known = f"it has {', '.join(sorted(self._settings))}" if self._settings else "it has none"
+            message = f"the model's chat template has no setting '{unknown[:64]}'; {known}"
+            raise RequestError(message, code="unsupported_parameter", param="chat_template_kwargs")
+
+    def render_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a raw prompt, in which special tokens mean themselves; one placeholder per picture. Unless told otherwise,
+        first comes what the tokenizer puts before every text (some families' beginning-of-sequence token), which a chat template
+        writes itself."""
+        ids = self._encode(text)
+        return self._prefix + ids if add_special_tokens else ids
 
     def check_ids(self, token_ids: Sequence[int]) -> list[int]:
         """A raw prompt given as ids, one placeholder per picture. Raises RequestError."""
@@ -305,7 +327,9 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def _variables_of(template: jinja2.Template, source: str | None) -> set[str]:
-    return jinja2.meta.find_undeclared_variables(template.environment.parse(source or ""))
+    """What it expects to be given: neither set in it nor offered to every template."""
+    environment = template.environment
+    return jinja2.meta.find_undeclared_variables(environment.parse(source or "")) - set(environment.globals)
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -65,6 +65,7 @@ BAD = {
         {"size": {"shortest_edge": "784"}},
         {"size": {"longest_edge": 0}},
     ],
+    "chat_template_kwargs": ["x", 1, [], True],
     "user": [*NOT_A_STRING, "x" * 257],
     "safety_identifier": NOT_A_STRING,
     "prompt_cache_key": NOT_A_STRING,
@@ -95,7 +96,6 @@ UNSUPPORTED = {
     "length_penalty": [1.1],
     "use_beam_search": [True],
     "chat_template": ["x"],
-    "chat_template_kwargs": [{"a": 1}],
     "add_generation_prompt": [False],
     "continue_final_message": [True],
 }

@@ -7,7 +7,9 @@ import time
 
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
+from examples.tiny_model import make_tiny_model
 from mmv1.errors import ConfigError, ContextLengthError, RequestError
 from mmv1.preprocess.prompt import ImagePart, Message, PromptRenderer, TextPart, image_parts
 from tests.tool_model import WEATHER, make_tool_model
@@ -240,6 +242,39 @@ def test_where_templates_come_from(tmp_path, tiny_model_dir, ids):
     assert text() == "two"
     (model / "chat_template.jinja").write_text("three")
     assert text() == "three"
+
+
+THINKING = """{%- set state = namespace(n=0) -%}
+{%- for message in messages %}{{ message.content }}{% endfor -%}
+{%- if enable_thinking is defined and enable_thinking is false %}<no>{% endif %}{{ words | join('+') if words is defined }}"""
+
+
+def test_settings_of_a_template_are_the_requests(tmp_path, tiny_model_dir, ids):
+    renderer = PromptRenderer(write_model(tmp_path, tiny_model_dir, THINKING), **ids, max_model_len=4096)
+    oracle = AutoTokenizer.from_pretrained(tmp_path)
+    messages, turns = [Message("user", "hello")], [{"role": "user", "content": "hello"}]
+    for settings in ({}, {"enable_thinking": True}, {"enable_thinking": False}, {"words": ["a", "b"]}):
+        expected = oracle.apply_chat_template(turns, tokenize=True, return_dict=False, **settings)
+        assert renderer.render_chat(messages, (), settings) == expected, settings
+    said = renderer.tokenizer.decode(renderer.render_chat(messages, (), {"words": ["<|im_end|>"]}), skip_special_tokens=True)
+    assert said == "hello<|im_end|>"  # text, not a special token
+    for name in ("messages", "tools", "add_generation_prompt", "eos_token", "namespace", "raise_exception", "thinking"):
+        with pytest.raises(RequestError, match=f"no setting '{name}'; it has enable_thinking, words") as error:
+            renderer.render_chat(messages, (), {name: []})
+        assert error.value.param == "chat_template_kwargs"
+
+
+def test_what_a_tokenizer_puts_before_every_text(tmp_path):
+    make_tiny_model(tmp_path, family="llama")
+    renderer = PromptRenderer(tmp_path, image_token_id=None, video_token_id=None, max_model_len=4096)
+    oracle = AutoTokenizer.from_pretrained(tmp_path)
+    assert oracle("hello").input_ids[0] == oracle.bos_token_id
+    for text in ("hello", ""):
+        assert renderer.render_text(text) == oracle(text).input_ids
+        assert renderer.render_text(text, add_special_tokens=False) == oracle(text, add_special_tokens=False).input_ids
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    expected = oracle.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert renderer.render_chat([Message(turn["role"], turn["content"]) for turn in turns]) == expected
 
 
 def test_template_errors_are_the_requests(tmp_path, tiny_model_dir, ids):
