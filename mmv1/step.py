@@ -5,7 +5,8 @@ so a request is described once in full and afterwards only by differences. A pre
 and comes back later as a new one.
 
 Pictures are encoded by batches of their own, beside the steps. A step reads only embeddings whose batch was done before the
-step was submitted, and a batch overwrites only what no step in flight reads; so the two need no order among themselves.
+step was submitted, or one that it says it follows; and a batch overwrites only what no step in flight reads. So batches wait for
+nothing, and other steps need no order with them.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class SchedulerOutput(msgspec.Struct, kw_only=True):
     new_requests: list[NewRequestData]
     cached_requests: CachedRequestData
     finished_request_ids: list[str]
+    after_batch: int = 0  # reads embeddings of encode batches up to this one, which was submitted before: it begins behind them
     token_masks: dict[str, bytes] = {}  # of requests that sample by a grammar: bit i % 8 of byte i // 8, may token i follow?
 
 

@@ -6,8 +6,8 @@ fingerprints: a block handed out twice, a wrong prefix hit, a missing picture or
 token is a function of the last fingerprint, so a request has one right output, whatever the schedule.
 
 Pictures are encoded beside the steps, as on a device: a batch takes its room when it is launched and its embeddings are usable
-when it has been waited for, whatever steps run in between. A step that reads an embedding before that, or after it was
-overwritten, is found.
+when it has been waited for, whatever steps run in between, or in a step that follows it. A step that reads an embedding before
+that, or after it was overwritten, is found.
 """
 
 from __future__ import annotations
@@ -131,26 +131,34 @@ class SimulatedWorker:
         self.slots: dict[int, int] = {}
         self.embeddings: dict[bytes, int] = {}  # mm_hash -> pages
         self.complete: set[bytes] = set()  # of these
+        self.batch_of: dict[bytes, int] = {}  # of these, the batch that encoded it
         self.num_encoded: dict[bytes, int] = {}
         self.steps: list[SchedulerOutput] = []
         self.batches: list[EncodeBatch] = []
         self.num_tokens_computed = 0
 
+    @property
+    def last_batch_id(self) -> int:
+        return self.batches[-1].batch_id if self.batches else 0
+
     def encode(self, batch: EncodeBatch) -> Encoding:
         self.batches.append(batch)
         for mm_hash in batch.free_mm_hashes:
-            del self.embeddings[mm_hash]
+            del self.embeddings[mm_hash], self.batch_of[mm_hash]
             self.complete.remove(mm_hash)
         for item in batch.inputs:
             assert item.mm_hash not in self.embeddings, "encoded although it is cached"
             assert item.offset >= 0 and item.nbytes > 0
             self.embeddings[item.mm_hash] = -(-item.num_tokens // ENCODER_CACHE_PAGE_ROWS)
             self.num_encoded[item.mm_hash] = self.num_encoded.get(item.mm_hash, 0) + 1
+            self.batch_of[item.mm_hash] = batch.batch_id
         assert sum(self.embeddings.values()) <= self.encoder_pages, "the encoder cache's store would overflow"
         return Encoding(self, batch)
 
     def execute(self, step: SchedulerOutput) -> Executed:
         self.steps.append(step)
+        assert step.after_batch <= self.last_batch_id, "follows a batch that has not been launched"
+        self.complete.update(mm_hash for mm_hash, batch_id in self.batch_of.items() if batch_id <= step.after_batch)
         assert step.total_num_scheduled_tokens == sum(step.num_scheduled_tokens.values()) > 0
         self.num_tokens_computed += step.total_num_scheduled_tokens
         for request_id in step.finished_request_ids:

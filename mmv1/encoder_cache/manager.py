@@ -4,8 +4,9 @@ Unit of capacity: bytes. An entry costs its rows, rounded up to whole pages (`EN
 row, exactly as the store in `tensors.py` lays it out, so the store never has to refuse what this ledger granted.
 
 An entry is *encoding* from the moment it is given room until its batch is done, and *complete* afterwards. It may be evicted
-when it is complete and no step in flight reads it: `reference` is taken for a scheduled step, `release` is called when that
-step has been executed, whatever has become of the request meanwhile. Nothing else holds an entry. Who will want which, and so
+when it is complete and no step in flight reads it: `reference` is taken for a scheduled step (one that is executed behind the
+batch may take it before that is done), `release` is called when that step has been executed, whatever has become of the request
+meanwhile. Nothing else holds an entry. Who will want which, and so
 what is better kept, changes with every chunk that is computed; the scheduler knows it, and says it anew whenever it asks for
 room (`keep`). Of the rest the least recently used goes first.
 
@@ -101,7 +102,8 @@ class EncoderCacheManager:
         """Its batch is done."""
         entry = self._entries[mm_hash]
         entry.is_complete = True
-        self._list(mm_hash, entry)
+        if entry.num_references == 0:
+            self._list(mm_hash, entry)
 
     def touch(self, mm_hash: bytes) -> None:
         """Of all that may be evicted, let this go last. Unknown hashes are ignored."""
@@ -109,7 +111,7 @@ class EncoderCacheManager:
             self._evictable.move_to_end(mm_hash)
 
     def reference(self, mm_hash: bytes, request_id: str) -> bool:
-        """A scheduled step reads the complete entry for a request. Whether that is a hit: encoded on behalf of another one."""
+        """A scheduled step reads the entry for a request. Whether that is a hit: encoded on behalf of another one."""
         entry = self._entries[mm_hash]
         entry.num_references += 1
         self._unlist(mm_hash)
@@ -119,7 +121,7 @@ class EncoderCacheManager:
         """That step has been executed."""
         entry = self._entries[mm_hash]
         entry.num_references -= 1
-        if entry.num_references == 0:
+        if entry.num_references == 0 and entry.is_complete:
             self._list(mm_hash, entry)
 
     def take_freed(self) -> list[bytes]:
@@ -146,8 +148,8 @@ class EncoderCacheManager:
         if self._evictable_bytes != sum(entry.size_bytes for entry in self._evictable.values()):
             raise RuntimeError("evictable bytes are not the sum of the entries that may go")
         for mm_hash, entry in self._entries.items():
-            if entry.num_references < 0 or (entry.num_references and not entry.is_complete):
-                raise RuntimeError("an entry is read that is not complete, or released more often than referenced")
+            if entry.num_references < 0:
+                raise RuntimeError("an entry was released more often than referenced")
             if (mm_hash in self._evictable) != (entry.is_complete and not entry.num_references):
                 raise RuntimeError("an entry is not listed where its state says")
         if not self._evictable.keys() <= self._entries.keys():

@@ -44,6 +44,10 @@ _ENCODER_CACHE_SHARE = 8  # the encoder cache gets this part of the KV cache's m
 _MAX_ENCODER_CACHE_BYTES = 4 << 30  # and at most this
 _STOP_TIMEOUT_S = 3.0
 
+# A step may be launched behind a batch of pictures that is still being encoded, if it is so small: about 25 ms on an H100, which
+# whatever comes meanwhile waits at most.
+_MAX_FOLLOWED_TOKENS = 2048
+
 # A thread that wants to run asks the one that does to stop after as long. Launching a step takes about a millisecond: with
 # Python's own 5 ms, a message being decoded or a picture's launch in another thread would hold it up for several steps' time.
 _SWITCH_INTERVAL_S = 0.0005
@@ -115,6 +119,7 @@ def build_core(
         policy=limits.policy,
         chunked_prefill=limits.enable_chunked_prefill,
         keeps_embeddings=cache.encoder_cache,
+        max_followed_tokens=_MAX_FOLLOWED_TOKENS if worker.platform.launches_ahead else 0,
     )
     core = EngineCore(
         scheduler, UniProcExecutor(worker), output.put, grammars=Grammars.of_model(config.model),

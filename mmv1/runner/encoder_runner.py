@@ -1,12 +1,15 @@
 """The runner's picture side: pictures through the vision tower, several in one call, beside the steps.
 
 Encoding has a thread and a stream of its own. A step reads an embedding only when the scheduler has been told that it is
-complete, and room is taken only from embeddings that no step in flight reads; so the two never wait for each other here.
+complete, or behind its batch (`follow`); and room is taken only from embeddings that no step in flight reads. So encoding never
+waits for a step here.
 """
 
 from __future__ import annotations
 
 import mmap
+import threading
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,9 +20,11 @@ from mmv1.encoder_cache.tensors import EncoderCacheTensors
 from mmv1.errors import EngineError
 from mmv1.models.interface import Model
 from mmv1.runner.input_batch import InputBatch, StepInputs
-from mmv1.runner.platform import DeviceTimer, Platform
+from mmv1.runner.platform import DeviceTimer, Marker, Platform
 from mmv1.runner.tower_forward import TowerForward
 from mmv1.step import EncodeBatch, EncodeOutput, EncoderInput
+
+_BATCHES_KNOWN = 8  # more than are ever in flight
 
 
 def map_pixel_slab(fd: int) -> np.ndarray:
@@ -56,6 +61,8 @@ class EncoderRunner:
         self._tower = tower
         self._cache = cache
         self._slab = torch.from_numpy(np.empty(0, np.uint8) if pixel_slab is None else pixel_slab)
+        self._launching = threading.Condition()
+        self._launched: deque[tuple[int, Marker]] = deque(maxlen=_BATCHES_KNOWN)  # batch_id, and its end on the device
 
     @torch.inference_mode()
     def encode(self, batch: EncodeBatch) -> PendingEncode:
@@ -69,7 +76,20 @@ class EncoderRunner:
                 rows = np.concatenate([self._cache.allocate(x.mm_hash, x.num_tokens) for x in batch.inputs])
                 self._cache.write(self._platform.upload(rows), embeddings)
             timer.stop()
+            with self._launching:
+                self._launched.append((batch.batch_id, self._platform.mark()))
+                self._launching.notify_all()
             return PendingEncode(batch.batch_id, timer)
+
+    def follow(self, batch_id: int) -> None:
+        """What is launched next on the current stream begins when this batch, and those before it, have ended. Waits until it has
+        been launched, on its own thread. 0: nothing to follow."""
+        if not batch_id:
+            return
+        with self._launching:
+            self._launching.wait_for(lambda: self._launched and self._launched[-1][0] >= batch_id)
+            end = next(marker for launched, marker in self._launched if launched >= batch_id)
+        self._platform.wait_for(end)
 
     def _check(self, inputs: Sequence[EncoderInput]) -> None:
         for x in inputs:

@@ -125,6 +125,7 @@ class ModelRunner:
             return self._execute(step)
 
     def _execute(self, step: SchedulerOutput) -> PendingOutput:
+        self.encoder.follow(step.after_batch)
         self._clock.restart()
         self._update(step)
         if not step.num_scheduled_tokens:

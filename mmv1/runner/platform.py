@@ -17,6 +17,8 @@ import torch
 
 from mmv1.log import logger
 
+Marker = Any  # a place in a stream's work: an event of CUDA; None where work is done when it has been launched
+
 
 class HostCopy:
     """Tensors, perhaps none, on their way to the host. `wait` may be called on another thread than the one that launched the
@@ -151,6 +153,24 @@ class Platform:
 
     def on_encoder_stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._encoder_stream) if self.is_cuda else nullcontext()
+
+    def mark(self) -> Marker:
+        """What has been launched on the current stream."""
+        if not self.is_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def wait_for(self, marker: Marker) -> None:
+        """Let what is launched next on the current stream begin behind what was marked. The host does not wait."""
+        if self.is_cuda:
+            torch.cuda.current_stream().wait_event(marker)
+
+    @property
+    def launches_ahead(self) -> bool:
+        """Whether work runs after it has been launched, not while it is."""
+        return self.is_cuda
 
     def synchronize(self) -> None:
         if self.is_cuda:

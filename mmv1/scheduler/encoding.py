@@ -31,7 +31,7 @@ _BATCH_TOKENS = 5120
 
 class EncodeScheduler:
     """`max_num_tokens`: of a batch; a picture alone may have more. Without `keeps_embeddings` an embedding is dropped as soon as
-    nobody here needs it."""
+    nobody here needs it. `max_followed_tokens`: of a batch that a step may follow (see Scheduler.schedule)."""
 
     def __init__(
         self,
@@ -41,12 +41,15 @@ class EncodeScheduler:
         max_num_tokens: int,
         *,
         keeps_embeddings: bool = True,
+        max_followed_tokens: int = 0,
     ) -> None:
         self._kv = kv
         self._cache = encoder_cache
         self._pixels = pixels
         self.max_num_tokens = max_num_tokens
         self._keeps_embeddings = keeps_embeddings
+        self._max_followed_tokens = max_followed_tokens
+        self.followed: dict[bytes, int] = {}  # pictures of batches in flight that a step may follow -> batch_id
         self._num_batches = 0
         self.num_in_flight = 0
         # Whether anything happened since `schedule` last had nothing to do that may give it something to do. Whoever changes
@@ -72,6 +75,8 @@ class EncodeScheduler:
             return None
         self._num_batches += 1
         self.num_in_flight += 1
+        if sum(item.num_tokens for item in inputs) <= self._max_followed_tokens:
+            self.followed |= {item.mm_hash: self._num_batches for item in inputs}
         return EncodeBatch(batch_id=self._num_batches, inputs=inputs, free_mm_hashes=self._cache.take_freed())
 
     def _look_ahead(self, requests: Iterable[Request]) -> dict[bytes, tuple[MMFeature, str]]:
@@ -144,5 +149,6 @@ class EncodeScheduler:
         self.num_in_flight -= 1
         self.changed = True
         for item in batch.inputs:
+            self.followed.pop(item.mm_hash, None)
             self._cache.complete(item.mm_hash)
             self._pixels.encoded(item.mm_hash)

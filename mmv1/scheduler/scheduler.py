@@ -15,6 +15,7 @@ Preemption is "finish and start again with the prefix cache". What this module d
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from copy import copy
 from itertools import chain
 
@@ -53,6 +54,7 @@ class Scheduler:
         policy: str = "fcfs",
         chunked_prefill: bool = True,
         keeps_embeddings: bool = True,
+        max_followed_tokens: int = 0,
     ) -> None:
         self.kv = kv
         self.encoder_cache = encoder_cache
@@ -60,8 +62,9 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.encoding = EncodeScheduler(
-            kv, encoder_cache, pixels, max_num_encoder_tokens, keeps_embeddings=keeps_embeddings
-        )
+            kv, encoder_cache, pixels, max_num_encoder_tokens,
+            keeps_embeddings=keeps_embeddings, max_followed_tokens=max_followed_tokens,
+        )  # fmt: skip
         self._chunked_prefill = chunked_prefill
         self._by_priority = policy == "priority"
         self.requests: dict[str, Request] = {}
@@ -171,7 +174,21 @@ class Scheduler:
     # ---- one step -------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput | None:
-        """The next step, or None when there is nothing to run now (what changes that is a message or a finished step)."""
+        """The next step, or None when there is nothing to run now (what changes that is a message or a finished step).
+
+        With nothing else to run, and no step in flight, it may be one that reads pictures of batches in flight, and is executed
+        behind them: it is then launched while they are encoded, instead of afterwards. Only such steps, and only behind batches
+        of at most `max_followed_tokens`, for whatever comes meanwhile has to wait for them too."""
+        step = self._schedule(self.encoder_cache.is_complete)
+        if step is None and self.encoding.followed and not self._in_flight:
+            step = self._schedule(self._can_be_read_behind)
+        return step
+
+    def _can_be_read_behind(self, mm_hash: bytes) -> bool:
+        return mm_hash in self.encoding.followed or self.encoder_cache.is_complete(mm_hash)
+
+    def _schedule(self, is_there: Callable[[bytes], bool]) -> SchedulerOutput | None:
+        """`is_there`: may a picture's embedding be read?"""
         step = SchedulerOutput(
             step_id=self._num_steps_scheduled + 1,
             num_scheduled_tokens={},
@@ -181,20 +198,23 @@ class Scheduler:
             finished_request_ids=[],
         )
         pictures: list[bytes] = []
-        budget, preempted = self._schedule_running(step, pictures)
+        budget, preempted = self._schedule_running(step, pictures, is_there)
         if not preempted and budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
-            budget = self._schedule_waiting(step, pictures, budget)
+            budget = self._schedule_waiting(step, pictures, is_there, budget)
         if not step.num_scheduled_tokens:
             # A preemption is a change in itself: what it freed may be all that another request waits for. It ends, since each
             # time fewer requests run.
-            return self.schedule() if preempted else None
+            return self._schedule(is_there) if preempted else None
         self._num_steps_scheduled = step.step_id
         self._in_flight[step.step_id] = pictures
         step.total_num_scheduled_tokens = self.max_num_batched_tokens - budget
         step.finished_request_ids, self._finished_ids = self._finished_ids, []
+        step.after_batch = max((self.encoding.followed.get(mm_hash, 0) for mm_hash in pictures), default=0)
         return step
 
-    def _schedule_running(self, step: SchedulerOutput, pictures: list[bytes]) -> tuple[int, bool]:
+    def _schedule_running(
+        self, step: SchedulerOutput, pictures: list[bytes], is_there: Callable[[bytes], bool]
+    ) -> tuple[int, bool]:
         """Give running requests their tokens. Returns the budget left and whether anyone was preempted.
 
         The loop's common case, a decoding request with room in its last block, must stay a handful of operations."""
@@ -220,7 +240,7 @@ class Scheduler:
                 if self.kv.finds_more(request):
                     self._adopt_prefix(request)
                     computed = request.num_computed_tokens
-                clip = self._clip(request, min(expected - computed, budget))
+                clip = clip_chunk(request.mm_features, computed, min(expected - computed, budget), is_there)
                 num_new = clip.num_new_tokens
                 if num_new <= 0:
                     continue
@@ -278,7 +298,9 @@ class Scheduler:
             self._unknown_ids.add(request.request_id)
         self.encoding.changed = True
 
-    def _schedule_waiting(self, step: SchedulerOutput, pictures: list[bytes], budget: int) -> int:
+    def _schedule_waiting(
+        self, step: SchedulerOutput, pictures: list[bytes], is_there: Callable[[bytes], bool], budget: int
+    ) -> int:
         """Admit waiting requests in order, each with its longest cached prefix. One that can get no token now is passed over;
         one that finds no KV blocks ends the pass, so that nobody starves behind smaller requests. Returns the budget left."""
         admitted: list[Request] = []
@@ -297,7 +319,7 @@ class Scheduler:
             num_new = min(num_whole, budget)
             clip: Clip | None = None
             if computed < request.mm_end:
-                clip = self._clip(request, num_new)
+                clip = clip_chunk(request.mm_features, computed, num_new, is_there)
                 num_new = clip.num_new_tokens if self._chunked_prefill or clip.num_new_tokens == num_whole else 0
             block_ids = self.kv.allocate(request, computed + num_new, prefix) if num_new > 0 else []
             if not block_ids:
@@ -338,9 +360,6 @@ class Scheduler:
         self.stats.num_preemptions += 1
 
     # ---- pictures -------------------------------------------------------------------------------------------------------
-
-    def _clip(self, request: Request, num_new: int) -> Clip:
-        return clip_chunk(request.mm_features, request.num_computed_tokens, num_new, self.encoder_cache.is_complete)
 
     def _reference(self, request: Request, clip: Clip, pictures: list[bytes]) -> None:
         """The step reads what the chunk touches, until it has been executed: whether or not the request lives that long, its

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -157,6 +159,53 @@ def test_pictures_encoded_ahead_and_several_at_once(make_driver: MakeDriver, pro
     ahead.launch({}, ahead=tuple(picture for prompt in prompts for picture in prompt.pictures))
     assert ahead.collect().sampled_token_ids == []
     assert ahead.run(6) == expected.run(6)
+
+
+def test_a_step_behind_a_batch_begins_when_that_has_been_launched(
+    make_driver: MakeDriver, two_pictures: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, driver = make_driver(), make_driver()
+    plain.add("a", two_pictures)
+    expected = plain.run(3)["a"]
+    driver.add("a", two_pictures)
+    worker, encoder = driver.worker, driver.worker._runner.encoder
+    encode, execute, wait_for = worker.encode, worker.execute, encoder._launching.wait_for
+    batches: list[EncodeBatch] = []
+    waits = threading.Event()
+
+    def wait(predicate: Callable[[], object]) -> None:
+        assert not predicate()
+        waits.set()
+        wait_for(predicate)
+
+    def execute_behind(step: SchedulerOutput) -> object:
+        """On a thread of its own, and the batch only when that waits for it."""
+        if not batches:
+            return execute(step)
+        step.after_batch = batches[0].batch_id
+        with ThreadPoolExecutor(1) as pool:
+            launching = pool.submit(execute, step)
+            assert waits.wait(10) and not launching.done()
+            encode(batches.pop())
+            return launching.result(10)
+
+    def postpone(batch: EncodeBatch) -> SimpleNamespace:
+        batches.append(batch)
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(encoder._launching, "wait_for", wait)
+    monkeypatch.setattr(worker, "encode", postpone)
+    monkeypatch.setattr(worker, "execute", execute_behind)
+    assert driver.run(3)["a"] == expected
+    assert waits.is_set()
+
+
+def test_batches_that_ended_long_ago_are_followed_at_once(make_driver: MakeDriver) -> None:
+    encoder = make_driver().worker._runner.encoder
+    for batch_id in range(1, 20):
+        encoder.encode(EncodeBatch(batch_id, [], []))
+    for batch_id in (0, 1, 19):
+        encoder.follow(batch_id)
 
 
 def test_rows_are_used_again_when_requests_come_and_go(make_driver: MakeDriver, prompts: list[Prompt]) -> None:

@@ -37,7 +37,7 @@ class Harness:
         seed: int = 0,
         poison: frozenset[bytes] = frozenset(),
         slots: int = 1_000_000,
-        **switches: bool,
+        **switches: int,
     ) -> None:
         self.rng = random.Random(seed)
         self.worker = SimulatedWorker(num_blocks, block_size, encoder_pages)
@@ -117,8 +117,8 @@ class Harness:
         return step
 
     def execute(self) -> bool:
-        if not self.submitted:
-            return False
+        if not self.submitted or self.submitted[0].after_batch > self.worker.last_batch_id:
+            return False  # one that follows a batch waits until that is launched
         step = self.submitted.popleft()
         self.executed.append((step, self.worker.execute(step).wait()))
         return True
