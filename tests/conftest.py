@@ -1,4 +1,4 @@
-"""Fixtures every room shares: the tiny model, made once, and the reference that reads the same directory."""
+"""Fixtures every room shares: the tiny models, made once, and the references that read the same directories."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,15 +51,24 @@ def made_once(kind: str, source: Path, packages: tuple[str, ...], make: Callable
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir() -> Path:
+def tiny_model_dirs() -> Callable[[str], Path]:
+    """The tiny random model of a family (see examples/tiny_model.py)."""
+
+    def find_or_make(family: str) -> Path:
+        def make(folder: Path) -> None:
+            from examples.tiny_model import make_tiny_model
+
+            make_tiny_model(folder, family=family)
+
+        return made_once(f"tiny-{family}", ROOT / "examples" / "tiny_model.py", ("transformers", "torch"), make)
+
+    return find_or_make
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_model_dirs: Callable[[str], Path]) -> Path:
     """A tiny random Qwen2.5-VL."""
-
-    def make(folder: Path) -> None:
-        from examples.tiny_model import make_tiny_model
-
-        make_tiny_model(folder)
-
-    return made_once("tiny-model", ROOT / "examples" / "tiny_model.py", ("transformers", "torch"), make)
+    return tiny_model_dirs("qwen2_5_vl")
 
 
 @pytest.fixture(scope="session")
@@ -70,11 +80,17 @@ def tiny_clip() -> str:
 
 
 @pytest.fixture(scope="session")
-def hf_oracle(tiny_model_dir: Path) -> HFOracle:
-    """Answers conversations as transformers does: `hf_oracle(conversation, max_new_tokens=8)`."""
+def hf_oracles(tiny_model_dirs: Callable[[str], Path]) -> Callable[[str], HFOracle]:
+    """By family: answers conversations as transformers does, `hf_oracles("llama")(conversation, max_new_tokens=8)`."""
     from tests.oracle import HFOracle
 
-    return HFOracle(tiny_model_dir)
+    return lru_cache(maxsize=None)(lambda family: HFOracle(tiny_model_dirs(family)))
+
+
+@pytest.fixture(scope="session")
+def hf_oracle(hf_oracles: Callable[[str], HFOracle]) -> HFOracle:
+    """That of the tiny Qwen2.5-VL."""
+    return hf_oracles("qwen2_5_vl")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 
 class OracleAnswer(NamedTuple):
@@ -22,14 +22,20 @@ class OracleAnswer(NamedTuple):
 
 
 class HFOracle:
-    """transformers' model and processor of one directory. Calling it answers a conversation greedily."""
+    """transformers' model of one directory, and its processor, which for a model of text alone is its tokenizer. Calling it
+    answers a conversation greedily."""
 
     def __init__(self, model_dir: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.processor = AutoProcessor.from_pretrained(model_dir)
-        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=dtype).to(device).eval()
+        self.sees = hasattr(AutoConfig.from_pretrained(model_dir), "vision_config")
+        kind = AutoModelForImageTextToText if self.sees else AutoModelForCausalLM
+        self.model = kind.from_pretrained(model_dir, dtype=dtype).to(device).eval()
 
     def inputs(self, conversation: list[dict[str, Any]]) -> Any:
-        """The model's inputs: input_ids [1, n], pixel_values [patches, 1176], image_grid_thw [images, 3] ..."""
+        """The model's inputs: input_ids [1, n], pixel_values [patches, 1176], image_grid_thw [images, 3] ... Templates of
+        models of text alone know content as one text: its parts, line by line."""
+        if not self.sees:
+            conversation = [{**turn, "content": "\n".join(part["text"] for part in turn["content"])} for turn in conversation]
         return self.processor.apply_chat_template(
             conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )

@@ -149,7 +149,7 @@ def interpolation_taps(coordinates: np.ndarray, grid: tuple[int, int], side: int
         place = coordinates[:, axis].astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
         below = np.floor(place)
         rows.append(np.minimum(np.stack((below, below + 1), axis=1).astype(np.int64), side - 1))
-        above = place - below
-        weights.append(np.stack((1 - above, above), axis=1))
+        nearness = 1 - (place - below)
+        weights.append(np.stack((nearness, 1 - nearness), axis=1))
     taps = rows[0][:, :, None] * side + rows[1][:, None, :]
     return taps.reshape(-1, 4), (weights[0][:, :, None] * weights[1][:, None, :]).reshape(-1, 4)

@@ -16,4 +16,5 @@ from mmv1.models.qwen3_vl import join
 def build(hf_config: Mapping[str, Any], model_dir: Path) -> LanguageModel:
     """Raises ConfigError."""
     text = text_config(dict(hf_config))
-    return join(hf_config, model_dir, decoder_config(text, **mixture(text, renormalize=True, are_stored_together=True)))
+    experts = mixture(text, renormalize=True, are_stored_together=True)
+    return join(hf_config, model_dir, decoder_config(text, head_dim=None, **experts))

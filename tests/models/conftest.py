@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,17 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_model_dir: Path) -> LanguageModel:
-    model = load_model(tiny_config(tiny_model_dir).model, torch.device("cpu"))
-    assert isinstance(model, LanguageModel)
-    return model
+def tiny_models(tiny_model_dirs: Callable[[str], Path]) -> Callable[[str], LanguageModel]:
+    """The tiny model of a family, loaded."""
+
+    def load(family: str) -> LanguageModel:
+        model = load_model(tiny_config(tiny_model_dirs(family)).model, torch.device("cpu"))
+        assert isinstance(model, LanguageModel)
+        return model
+
+    return lru_cache(maxsize=None)(load)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_models: Callable[[str], LanguageModel]) -> LanguageModel:
+    return tiny_models("qwen2_5_vl")

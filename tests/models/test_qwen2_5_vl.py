@@ -1,10 +1,11 @@
-"""The family's positions against transformers', and both dialects of its config.json."""
+"""Positions against transformers', in every family that sees; both dialects of Qwen2.5-VL's config.json."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
+from examples.tiny_model import VISION_FAMILIES
 from mmv1.config import image_normalization, text_config
 from mmv1.errors import ConfigError
 from mmv1.models.interface import ImageSpan
@@ -22,7 +24,7 @@ from mmv1.models.qwen2_5_vl import VisionTower
 from mmv1.models.registry import build_model, load_model
 from mmv1.preprocess.layout import load_layout
 from tests.oracle import HFOracle
-from tests.runner.driver import Picture, make_picture, make_prompt, tiny_config
+from tests.runner.driver import Picture, make_picture, make_prompt, patch_of, tiny_config
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 NORMALIZATION = image_normalization({})
@@ -33,16 +35,22 @@ LAYOUTS: list[list[int | tuple[int, int]]] = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_positions_equal_transformers(
-    tiny_model: LanguageModel, hf_oracle: HFOracle, layout: list[int | tuple[int, int]]
+    tiny_models: Callable[[str], LanguageModel],
+    hf_oracles: Callable[[str], HFOracle],
+    family: str,
+    layout: list[int | tuple[int, int]],
 ) -> None:
-    image_token_id = hf_oracle.model.config.image_token_id
-    parts: list[int | Picture] = [part if isinstance(part, int) else make_picture(*part) for part in layout]
+    oracle, patch = hf_oracles(family), patch_of(family)
+    image_token_id = oracle.model.config.image_token_id
+    parts: list[int | Picture] = [part if isinstance(part, int) else make_picture(*part, patch=patch) for part in layout]
     prompt = make_prompt(parts, image_token_id=image_token_id)
-    positions = tiny_model.prompt_positions(len(prompt.token_ids), [ImageSpan(f.offset, f.grid_thw) for f in prompt.features])
+    images = [ImageSpan(feature.offset, feature.grid_thw) for feature in prompt.features]
+    positions = tiny_models(family).prompt_positions(len(prompt.token_ids), images)
     ids = torch.tensor([prompt.token_ids])
     grids = torch.tensor([p.grid_thw for p in prompt.pictures]) if prompt.pictures else None
-    expected, delta = hf_oracle.model.model.get_rope_index(ids, (ids == image_token_id).int(), image_grid_thw=grids)
+    expected, delta = oracle.model.model.get_rope_index(ids, (ids == image_token_id).int(), image_grid_thw=grids)
     assert positions.dtype == np.int32
     np.testing.assert_array_equal(positions, expected[:, 0].numpy())
     assert positions.max() + 1 - len(prompt.token_ids) == delta.item()

@@ -22,7 +22,7 @@ from mmv1.step import CachedRequestData, EncodeBatch, EncoderInput, ModelRunnerO
 from mmv1.types import MMFeature, SamplingParams, TokenLogprobs
 
 GREEDY = SamplingParams(temperature=0.0)
-PATCH, MERGE = 14, 2
+MERGE = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Picture:
     """A random picture of whole merge units."""
 
     pixels: np.ndarray  # uint8 [height, width, 3]
+    patch: int = 14  # pixels along its side
 
     @property
     def mm_hash(self) -> bytes:
@@ -37,7 +38,7 @@ class Picture:
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
-        return 1, self.pixels.shape[0] // PATCH, self.pixels.shape[1] // PATCH
+        return 1, self.pixels.shape[0] // self.patch, self.pixels.shape[1] // self.patch
 
     @property
     def num_tokens(self) -> int:
@@ -45,16 +46,21 @@ class Picture:
 
     @property
     def patches(self) -> np.ndarray:
-        """uint8 [patches, 588] in merge-unit order."""
+        """uint8 [patches, 3 * patch**2] in merge-unit order."""
         _, h, w = self.grid_thw
-        cut = self.pixels.reshape(h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+        cut = self.pixels.reshape(h // MERGE, MERGE, self.patch, w // MERGE, MERGE, self.patch, 3)
         return np.ascontiguousarray(cut.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(h * w, -1)
 
 
-def make_picture(rows: int, columns: int, seed: int = 0) -> Picture:
+def make_picture(rows: int, columns: int, seed: int = 0, patch: int = 14) -> Picture:
     """`rows` x `columns` merge units."""
     rng = np.random.default_rng([rows, columns, seed])
-    return Picture(rng.integers(0, 256, (rows * MERGE * PATCH, columns * MERGE * PATCH, 3), dtype=np.uint8))
+    return Picture(rng.integers(0, 256, (rows * MERGE * patch, columns * MERGE * patch, 3), dtype=np.uint8), patch)
+
+
+def patch_of(family: str) -> int:
+    """Pixels along a patch's side, in the tiny model of a family that sees."""
+    return 16 if family.startswith("qwen3") else 14
 
 
 @dataclass
@@ -81,8 +87,9 @@ def make_prompt(parts: list[int | Picture], *, image_token_id: int, seed: int = 
 def hf_inputs(prompt: Prompt, processor: Any, image_token_id: int) -> dict[str, torch.Tensor]:
     """The prompt as transformers' model takes it."""
     ids = torch.tensor([prompt.token_ids])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == image_token_id).int()}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if prompt.pictures:
+        inputs["mm_token_type_ids"] = (ids == image_token_id).int()
         images = [torch.from_numpy(p.pixels).permute(2, 0, 1) for p in prompt.pictures]
         inputs |= processor.image_processor(images, do_resize=False, return_tensors="pt")
     return inputs
@@ -231,6 +238,19 @@ class Driver:
     def output_of(self, request_id: str) -> list[int]:
         request = self.requests[request_id]
         return request.token_ids[len(request.prompt.token_ids) :]
+
+    def first_logits(self, prompt: Prompt, chunk: int = 1 << 30) -> torch.Tensor:
+        """What the first token of the answer is chosen from, caught on its way to the sampler."""
+        caught: list[torch.Tensor] = []
+        model = self.worker.model
+        compute = model.compute_logits
+        model.compute_logits = lambda hidden: caught.append(compute(hidden)) or caught[-1]  # type: ignore[method-assign]
+        self.add("a", prompt)
+        self.run(1, chunk=chunk)
+        self.finish("a")
+        model.compute_logits = compute  # type: ignore[method-assign]
+        assert len(caught) == 1
+        return caught[0][0].cpu()
 
     def run(self, max_tokens: int, *, chunk: int = 1 << 30, depth: int = 1) -> dict[str, list[int]]:
         """Run every request until it has `max_tokens` of output, with `depth` steps in flight and chunks of at most `chunk`."""
