@@ -21,13 +21,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_driver(tiny_model_dir: Path) -> Iterator[Callable[..., Driver]]:
-    """Drivers on the tiny model; keywords are EngineArgs' or the Driver's."""
+def make_driver(tiny_model_dirs: Callable[[str], Path]) -> Iterator[Callable[..., Driver]]:
+    """Drivers on the tiny model of a family; keywords are EngineArgs' or the Driver's."""
     drivers: list[Driver] = []
 
-    def make(**args: Any) -> Driver:
+    def make(family: str = "qwen2_5_vl", **args: Any) -> Driver:
         own = {name: args.pop(name) for name in ("num_blocks", "encoder_rows", "slab_bytes") if name in args}
-        drivers.append(Driver(tiny_config(tiny_model_dir, **args), **own))
+        drivers.append(Driver(tiny_config(tiny_model_dirs(family), **args), **own))
         return drivers[-1]
 
     yield make

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from examples.tiny_model import FAMILIES
 from mmv1.errors import EngineError
 from mmv1.runner.platform import HostCopy
 from mmv1.step import CachedRequestData, EncodeBatch, NewRequestData, SchedulerOutput
 from mmv1.types import SamplingParams
 from tests.oracle import HFOracle
-from tests.runner.driver import GREEDY, Driver, Prompt, hf_inputs, make_picture, make_prompt
+from tests.runner.driver import GREEDY, Driver, Prompt, hf_inputs, make_picture, make_prompt, patch_of
 
 MakeDriver = Callable[..., Driver]
 
@@ -44,20 +45,6 @@ def generate(oracle: HFOracle, prompt: Prompt, image_token_id: int, max_tokens: 
     return output[0, len(prompt.token_ids) :].tolist()
 
 
-def first_logits(driver: Driver, prompt: Prompt, chunk: int) -> torch.Tensor:
-    """Logits before the first token of the answer, caught on their way to the sampler."""
-    caught: list[torch.Tensor] = []
-    model = driver.worker.model
-    compute = model.compute_logits
-    model.compute_logits = lambda hidden: caught.append(compute(hidden)) or caught[-1]  # type: ignore[method-assign]
-    driver.add("a", prompt)
-    driver.run(1, chunk=chunk)
-    driver.finish("a")
-    model.compute_logits = compute  # type: ignore[method-assign]
-    assert len(caught) == 1
-    return caught[0][0].cpu()
-
-
 def test_a_step_that_samples_nothing_is_waited_for(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else what it reads, embeddings above all, could be overwritten while the device is at it."""
     log: list[str] = []
@@ -72,15 +59,24 @@ def test_a_step_that_samples_nothing_is_waited_for(make_driver: MakeDriver, monk
     assert log == ["record", "synchronize"]
 
 
-def test_logits_equal_transformers_at_every_chunk_size(
-    make_driver: MakeDriver, hf_oracle: HFOracle, two_pictures: Prompt, image_token_id: int
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_transformers_at_every_chunk_size(
+    make_driver: MakeDriver, hf_oracles: Callable[[str], HFOracle], family: str
 ) -> None:
+    """Logits, and tokens: what a picture's token brings for later layers is cut where the chunk is, and text brings none."""
+    oracle = hf_oracles(family)
+    image_token_id = getattr(oracle.model.config, "image_token_id", -1)
+    pictures = [make_picture(*size, patch=patch_of(family)) for size in ((5, 3), (1, 6))]
+    prompt = make_prompt([5, pictures[0], 7, pictures[1], 9] if oracle.sees else [42], image_token_id=image_token_id)
     with torch.inference_mode():
-        inputs = hf_inputs(two_pictures, hf_oracle.processor, image_token_id)
-        expected = hf_oracle.model(**inputs).logits[0, -1]
-    driver = make_driver()
-    for chunk in range(1, len(two_pictures.token_ids) + 1):
-        torch.testing.assert_close(first_logits(driver, two_pictures, chunk), expected, atol=1e-4, rtol=1e-5)
+        expected = oracle.model(**hf_inputs(prompt, oracle.processor, image_token_id)).logits[0, -1]
+    tokens = generate(oracle, prompt, image_token_id, 4)
+    driver = make_driver(family)
+    for chunk in range(1, len(prompt.token_ids) + 1):
+        torch.testing.assert_close(driver.first_logits(prompt, chunk), expected, atol=1e-4, rtol=1e-5)
+        driver.add("b", prompt)
+        assert driver.run(4, chunk=chunk)["b"] == tokens
+        driver.finish("b")
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 16])

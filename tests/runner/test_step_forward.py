@@ -6,13 +6,15 @@ On a CPU a recording is the function itself, and the kernels are interpreted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 import tests.interpreter  # noqa: F401
-from tests.runner.driver import Driver, Prompt, make_picture, make_prompt
+from examples.tiny_model import VISION_FAMILIES
+from tests.runner.driver import Driver, Prompt, make_picture, make_prompt, patch_of
 
 MakeDriver = Callable[..., Driver]
 SIZES = (1, 4, 24)
@@ -20,7 +22,14 @@ SIZES = (1, 4, 24)
 
 @pytest.fixture(scope="module")
 def prompts(image_token_id: int) -> list[Prompt]:
-    parts = [[7], [3, make_picture(3, 2), 9], [12, make_picture(2, 2, 1), 1, make_picture(2, 3, 2), 2], [1]]
+    return prompts_for("qwen2_5_vl", image_token_id)
+
+
+def prompts_for(family: str, image_token_id: int) -> list[Prompt]:
+    if family not in VISION_FAMILIES:
+        return [make_prompt([size], image_token_id=-1, seed=size) for size in (7, 18, 25, 1)]
+    picture = partial(make_picture, patch=patch_of(family))
+    parts = [[7], [3, picture(3, 2), 9], [12, picture(2, 2, 1), 1, picture(2, 3, 2), 2], [1]]
     return [make_prompt(list(part), image_token_id=image_token_id, seed=i) for i, part in enumerate(parts)]
 
 
@@ -45,10 +54,14 @@ def test_fused_kernels_answer_as_plain_torch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("chunk", "depth"), [(1 << 30, 1), (7, 2)])
-def test_recorded_steps_answer_as_launched_ones(make_driver: MakeDriver, prompts: list[Prompt], chunk: int, depth: int) -> None:
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_moe"])
+def test_recorded_steps_answer_as_launched_ones(
+    make_driver: MakeDriver, image_token_id: int, family: str, chunk: int, depth: int
+) -> None:
     """Chunks of 7: mixed steps, some larger than any recording. Whole prompts: larger at first."""
-    expected = answers(make_driver(), prompts)
-    recorded = make_driver()
+    prompts = prompts_for(family, image_token_id)
+    expected = answers(make_driver(family), prompts)
+    recorded = make_driver(family)
     recorded.worker._runner.record(SIZES)
     forward = recorded.worker._runner._forward
     replayed: list[int] = []
