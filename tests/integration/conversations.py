@@ -57,6 +57,10 @@ def picture_parts(size: tuple[int, int], kind: str, seed: int, folder: Path) -> 
     return part, {"type": "image", "image": pil}
 
 
+def pictures_of(case: Case) -> list[Any]:
+    return [part["image"] for turn in case.reference for part in turn["content"] if part["type"] == "image"]
+
+
 def text_part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
@@ -80,6 +84,18 @@ def make_cases(number: int, folder: Path) -> list[Case]:
         messages, reference = _turns(blocks, rng)
         name = f"{index}: {len(messages)} turns, {', '.join(kinds) or 'no picture'}"
         cases.append(Case(name, messages, reference))
+    return cases
+
+
+def make_text_cases(number: int) -> list[Case]:
+    """`number` conversations of text alone, of one turn or several with content in parts, from a few tokens to several hundred
+    of the tiny model's. The same for the same number."""
+    cases = []
+    for index in range(number):
+        rng = random.Random(index)
+        parts = [text_part(" ".join(rng.choices(TEXTS, k=rng.choice((1, 2, 4, 8, 12))))) for _ in range(rng.randint(1, 4))]
+        messages, reference = _turns([(part, part) for part in parts], rng)
+        cases.append(Case(f"{index}: {len(messages)} turns, {len(parts)} parts", messages, reference))
     return cases
 
 

@@ -21,7 +21,7 @@ from mmv1.engine.output_processor import CompletionOutput, RequestOutput
 from mmv1.preprocess.layout import load_layout
 from mmv1.step import ENCODER_CACHE_PAGE_ROWS
 from mmv1.types import SamplingParams
-from tests.integration.conversations import Case, make_cases, text_part
+from tests.integration.conversations import Case, make_cases, pictures_of, text_part
 from tests.integration.engines import Counters, all_deltas_of, assert_same_answer, forget_caches, greedy, run_inside
 from tests.pictures import make_image
 
@@ -151,7 +151,7 @@ def using(*settings: str) -> pytest.MarkDecorator:
 
 
 def num_pictures(asked: Asked) -> int:
-    return sum(part["type"] != "text" for case in asked.cases for turn in case.reference for part in turn["content"])
+    return sum(len(pictures_of(case)) for case in asked.cases)
 
 
 @using(*SETTINGS)

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from mmv1.engine.llm import LLM
-from mmv1.engine.output_processor import CompletionOutput, RequestOutput
+from mmv1.engine.output_processor import RequestOutput
 from mmv1.types import SamplingParams
-from tests.integration.conversations import SIZES, Case, make_cases
-from tests.integration.engines import forget_caches, greedy
+from tests.integration.conversations import SIZES, Case, make_cases, pictures_of
+from tests.integration.engines import TOLERANCE, assert_same_logprobs, assert_same_tokens, forget_caches, greedy
 from tests.oracle import HFOracle, OracleAnswer
 
 NUM_CASES = 65
 MAX_TOKENS = 16
-TOLERANCE = 1e-4
 
 pytestmark = pytest.mark.slow
 
@@ -40,9 +39,7 @@ def answers(llm: LLM, cases: list[Case]) -> list[RequestOutput]:
 
 
 def test_the_conversations_are_varied(cases: list[Case], answers: list[RequestOutput], hf_oracle: HFOracle) -> None:
-    pictures = [
-        [part["image"] for turn in case.reference for part in turn["content"] if part["type"] == "image"] for case in cases
-    ]
+    pictures = [pictures_of(case) for case in cases]
     assert {len(listed) for listed in pictures} == {0, 1, 2, 3, 4}
     assert {image.size for listed in pictures for image in listed} == set(SIZES)
     assert {len(case.messages) for case in cases} == {1, 2, 3, 4}
@@ -63,18 +60,6 @@ def test_prompts_have_the_same_tokens(
 def test_greedy_tokens_are_the_same(cases: list[Case], answers: list[RequestOutput], references: list[OracleAnswer]) -> None:
     for case, answer, reference in zip(cases, answers, references, strict=True):
         assert_same_tokens(answer.outputs[0].token_ids, reference, case.name)
-
-
-def assert_same_tokens(token_ids: list[int], reference: OracleAnswer, name: str) -> None:
-    """The same tokens; only where the reference's two best logits are within the tolerance may it be the other of the two, and
-    what follows is then another answer."""
-    for step, (mine, theirs) in enumerate(zip(token_ids, reference.token_ids, strict=False)):
-        if mine != theirs:
-            best, second = reference.logits[step].topk(2).values.tolist()
-            is_tie = best - second < TOLERANCE and mine == int(reference.logits[step].topk(2).indices[1])
-            assert is_tie, f"{name}: token {step} is {mine}, not {theirs}, which is better by {best - second}"
-            return
-    assert len(token_ids) == len(reference.token_ids), name
 
 
 def test_no_answer_hangs_on_a_near_tie(references: list[OracleAnswer]) -> None:
@@ -99,14 +84,3 @@ def test_first_probabilities_of_the_whole_vocabulary_are_the_same(
     for case, answer, reference in zip(cases, llm.chat([c.messages for c in cases], params), references, strict=True):
         vocabulary = torch.arange(len(reference.first_logits))
         assert_same_logprobs(answer.outputs[0], vocabulary, reference.first_logits.log_softmax(-1), case.name)
-
-
-def assert_same_logprobs(output: CompletionOutput, token_ids: torch.Tensor, logprobs: torch.Tensor, name: str) -> None:
-    """What the first token was chosen from has these tokens with these log-probabilities."""
-    (first, *_) = output.logprobs or []
-    mine = {top.token_id: top.logprob for top in first.top}
-    theirs = dict(zip(token_ids.tolist(), logprobs.tolist(), strict=True))
-    assert len(mine) == len(theirs), name
-    least = min(mine.values())  # the last of the likeliest may be another one, if as likely
-    worst = max(abs(mine.get(token_id, least) - logprob) for token_id, logprob in theirs.items())
-    assert worst < TOLERANCE, f"{name}: off by {worst}"
