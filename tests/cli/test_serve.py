@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -47,6 +48,20 @@ def test_settings_that_cannot_work_are_one_sentence(arguments: list[str], words:
 
 def test_a_model_that_is_not_there_is_one_sentence() -> None:
     assert_one_sentence(mmv1("serve", "/no/such/model"), "no model directory at '/no/such/model'")
+
+
+def test_an_architecture_that_is_not_supported_is_one_sentence_with_those_that_are(tmp_path: Path) -> None:
+    model_dir = make_model_dir(tmp_path)
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
+    supported = ["LlamaForCausalLM", *(f"Qwen{kind}ForCausalLM" for kind in ("2", "3", "3Moe"))]
+    supported += [f"Qwen{kind}ForConditionalGeneration" for kind in ("2VL", "2_5_VL", "3VL", "3VLMoe")]
+    result = mmv1("serve", model_dir)
+    settings, sentence = result.stderr.splitlines()
+    assert "Non-default settings" in settings
+    assert sentence.startswith("mmv1: architecture 'MambaForCausalLM' is not supported; supported: ")
+    assert sentence.partition("supported: ")[2].split(", ") == sorted(supported)
+    assert result.returncode == 2
 
 
 def test_the_log_says_which_settings_are_not_the_defaults(caplog: pytest.LogCaptureFixture) -> None:

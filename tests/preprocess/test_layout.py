@@ -38,26 +38,31 @@ def random_sizes(count, limit=6000):
     return sizes
 
 
-@pytest.mark.parametrize(("low", "high"), [(3136, 1003520), (3136, 12845056), (3136, 50176), (784, 784), (256 * 784, 260 * 784)])
-def test_equal_to_transformers(low, high):
+@pytest.mark.parametrize(
+    ("low", "high", "patch"),
+    [(3136, 1003520, 14), (3136, 12845056, 14), (3136, 50176, 14), (784, 784, 14), (256 * 784, 260 * 784, 14),
+     (65536, 16777216, 16), (4096, 100 * 1024, 16)],
+)  # fmt: skip
+def test_equal_to_transformers(low, high, patch):
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 
-    oracle = Qwen2VLImageProcessor(size={"shortest_edge": low, "longest_edge": high})
-    layout, limits = make_layout(min_pixels=low, max_pixels=high), PixelLimits(low, high)
+    oracle = Qwen2VLImageProcessor(size={"shortest_edge": low, "longest_edge": high}, patch_size=patch)
+    processor = {"patch_size": patch}
+    layout, limits = make_layout(processor, min_pixels=low, max_pixels=high), PixelLimits(low, high)
     most = layout.max_image_tokens(1 << 30)
     for height, width in random_sizes(500):
         try:
-            expected = smart_resize(height, width, 28, low, high)
+            expected = smart_resize(height, width, 2 * patch, low, high)
         except ValueError:
             with pytest.raises(ImageError):
                 layout.place(width, height)
             continue
         place = layout.place(width, height)
-        assert place == make_layout().place(width, height, limits)  # asked for by a request
+        assert place == make_layout(processor).place(width, height, limits)  # asked for by a request
         assert (place.resized_height, place.resized_width) == expected
         assert place.num_tokens * 4 == oracle.get_number_of_image_patches(height, width)
-        assert place.grid_thw == (1, expected[0] // 14, expected[1] // 14)
-        assert place.nbytes == place.grid_thw[1] * place.grid_thw[2] * 588
+        assert place.grid_thw == (1, expected[0] // patch, expected[1] // patch)
+        assert place.nbytes == place.grid_thw[1] * place.grid_thw[2] * 3 * patch**2
         assert 1 <= place.num_tokens <= most
 
 
