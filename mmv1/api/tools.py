@@ -1,4 +1,4 @@
-"""Tools, in the manner of Qwen and Hermes: what a request says of them, and the calls found in an answer's text.
+"""Tools, in the form called Hermes: what a request says of them, and the calls found in an answer's text.
 
 The chat template shows the tools to the model, which writes each call as `<tool_call>{"name": "f", "arguments": {}}</tool_call>`.
 A call's name and arguments are given out as they come. What is not such an object is no call and stays text of the answer.
