@@ -8,7 +8,7 @@
 # Without such a torch everything of requirements.lock is installed into .venv.
 #
 #   MMV1_WHEELS=DIR        install from the wheels in this folder only: for machines that reach no package index
-#   MMV1_GPU_MODELS=DIR    where random models of real shapes are made and kept; default build/gpu-models (16 GB)
+#   MMV1_GPU_MODELS=DIR    where random models of real shapes are made and kept; default build/gpu-models (30 GB)
 #   MMV1_GPU_RESULTS=FILE  figures, as JSON; default build/gpu-results.json; pytest's own report is put beside it (.xml)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,6 +1,6 @@
 """Tests that need a CUDA device; without one every test below this folder is skipped.
 
-MMV1_GPU_MODELS: a folder where random models of real shapes are made, and kept (20 GB). Else they are made for the session.
+MMV1_GPU_MODELS: a folder where random models of real shapes are made, and kept (30 GB). Else they are made for the session.
 MMV1_GPU_RESULTS: a JSON file for what was measured.
 """
 

@@ -29,6 +29,8 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("7B, 8 layers", "default settings", {}),
     ("7B, 8 layers", "triton attention", {"attention_backend": "triton"}),
     ("7B, 8 layers", "plain torch", {"attention_backend": "sdpa", "enforce_eager": True, "fused_kernels": False}),
+    ("Qwen3-VL-8B, 6 layers", "default settings", {}),
+    ("Qwen3-VL-30B-A3B, 4 layers", "default settings", {}),
 ]
 
 
