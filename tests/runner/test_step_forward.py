@@ -41,13 +41,15 @@ def answers(driver: Driver, prompts: list[Prompt], *, chunk: int = 1 << 30, dept
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted only where there is no GPU")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_moe"])
 def test_fused_kernels_answer_as_plain_torch(
-    make_driver: MakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+    make_driver: MakeDriver, image_token_id: int, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """The whole model by the kernels a GPU runs: tensors come to them as the model makes them."""
-    expected = answers(make_driver(), prompts, chunk=7)
+    prompts = prompts_for(family, image_token_id)
+    expected = answers(make_driver(family), prompts, chunk=7)
     monkeypatch.setattr("mmv1.kernels.uses_fused", lambda device: True)
-    driver = make_driver(attention_backend="triton")
+    driver = make_driver(family, attention_backend="triton")
     driver.worker._runner.record(SIZES)
     assert answers(driver, prompts, chunk=7) == expected
 
