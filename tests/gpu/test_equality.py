@@ -66,9 +66,9 @@ def test_seeded_sampling(engine: LLM, asked: Asked) -> None:
     equality.test_seeded_sampling(engine, asked)
 
 
-@using("roomy", "short of everything", "no fused kernels")
-def test_among_strangers(engine: LLM, asked: Asked, all_cases: list[Case]) -> None:
-    equality.test_among_strangers(engine, asked, all_cases)
+@using("roomy", "few blocks", "short of everything", "no fused kernels")
+def test_among_strangers(engine: LLM, asked: Asked, all_cases: list[Case], setting: str) -> None:
+    equality.test_among_strangers(engine, asked, all_cases, setting)
 
 
 @using("few blocks", "short of everything", "short of everything, plain torch")

@@ -30,7 +30,7 @@ from tests.pictures import make_pil
 pytestmark = pytest.mark.slow
 
 NUM_CASES = 45
-GREEDY = greedy(12, logprobs=20)
+GREEDY = greedy(16, logprobs=20)
 SETTINGS: dict[str, dict[str, Any]] = {
     "roomy": {},
     "few blocks": {"num_gpu_blocks_override": 260, "block_size": 4},  # the longest conversation and little more
@@ -133,7 +133,7 @@ def test_answers_are_transformers(asked: Asked, setting: str) -> None:
         assert warm.num_images_encoded == 0
         assert all(answer.num_cached_tokens == (answer.num_prompt_tokens - 1) // 16 * 16 for answer in answers)
     else:
-        assert min(cold.num_preemptions, warm.num_preemptions) > 0
+        assert cold.num_preemptions > 0
 
 
 def test_answers_in_small_chunks_are_transformers(asked: Asked) -> None:
