@@ -86,14 +86,8 @@ class VisionTower(nn.Module):
         """`vision`: config.json's vision_config, whose names are the same in both dialects but for the rope's."""
         if vision.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"the vision tower's hidden_act '{vision['hidden_act']}' is not supported, only 'silu'")
-        config = VisionConfig.read(
-            vision,
-            hidden_size=whole_number(vision, "hidden_size"),
-            intermediate_size=whole_number(vision, "intermediate_size"),
-            out_hidden_size=whole_number(vision, "out_hidden_size"),
-        )
         return cls(
-            config,
+            VisionConfig.read(vision),
             scale,
             window_size=whole_number(vision, "window_size"),
             full_layers=frozenset(whole_numbers(vision, "fullatt_block_indexes")),

@@ -62,14 +62,8 @@ def checkpoint_names(name: str) -> tuple[str, ...]:
 def _tower(vision: Mapping[str, Any], scale: Normalization) -> FullAttentionTower:
     if vision.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise ConfigError(f"the vision tower's hidden_act '{vision['hidden_act']}' is not supported, only 'gelu_pytorch_tanh'")
-    config = VisionConfig.read(
-        vision,
-        hidden_size=whole_number(vision, "hidden_size"),
-        intermediate_size=whole_number(vision, "intermediate_size"),
-        out_hidden_size=whole_number(vision, "out_hidden_size"),
-    )
     return FullAttentionTower(
-        config,
+        VisionConfig.read(vision),
         scale,
         partial(F.gelu, approximate="tanh"),
         patch_bias=True,

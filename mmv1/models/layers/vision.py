@@ -47,18 +47,18 @@ class VisionConfig:
     rope_theta: float
 
     @classmethod
-    def read(cls, vision: Mapping[str, Any], *, hidden_size: int, intermediate_size: int, out_hidden_size: int) -> VisionConfig:
-        """`vision`: config.json's vision_config; the sizes are those that families spell differently. Raises ConfigError."""
+    def read(cls, vision: Mapping[str, Any], **sizes: int) -> VisionConfig:
+        """`vision`: config.json's vision_config; `sizes`: those that the family spells otherwise. Raises ConfigError."""
+        names = {"hidden_size", "intermediate_size", "out_hidden_size"} - sizes.keys()
+        sizes |= {name: whole_number(vision, name) for name in names}
         num_heads = whole_number(vision, "num_heads")
-        if hidden_size % (4 * num_heads):
-            raise ConfigError(f"config.json: a head of the vision tower must have a multiple of 4 numbers: {hidden_size} "
-                              f"for {num_heads} heads")
+        if sizes["hidden_size"] % (4 * num_heads):
+            raise ConfigError("config.json: a head of the vision tower must have a multiple of 4 numbers: "
+                              f"{sizes['hidden_size']} for {num_heads} heads")
         return cls(
+            **sizes,
             depth=whole_number(vision, "depth"),
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
             num_heads=num_heads,
-            out_hidden_size=out_hidden_size,
             in_channels=whole_number(vision, "in_channels", whole_number(vision, "in_chans", 3)),
             patch_size=whole_number(vision, "patch_size"),
             temporal_patch_size=whole_number(vision, "temporal_patch_size", 2),
