@@ -28,6 +28,7 @@ from mmv1.log import logger
 from mmv1.preprocess.slab import SlabStore
 from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
 
+_LAST_WORDS_S = 3.0  # from the end of a process that ended by itself until what it said last is here
 _MAX_JOBS = 256  # in the process, four batches: the others wait here, where they can be given up
 
 
@@ -84,6 +85,8 @@ class ClipProcess:
     async def wait_ended(self) -> int:
         """The exit status; negative for a signal. Whoever waited for an answer has heard of it."""
         status = await self._process.wait()
+        if status > 0 and not self._ready.done():
+            await asyncio.wait({self._ready}, timeout=_LAST_WORDS_S)
         self._end()
         return status
 
@@ -143,7 +146,8 @@ class ClipProcess:
             while True:
                 answer = await self._answers.recv()
                 if isinstance(answer, ClipReady):
-                    self._ready.set_result(answer)
+                    if not self._ready.done():
+                        self._ready.set_result(answer)
                 elif (waiting := self._leave(answer.job_id)) is not None and not waiting.done():
                     waiting.set_result(answer)
         except Exception:  # whoever waits hears of the end of a process that cannot be heard any more

@@ -27,6 +27,7 @@ from mmv1.types import (
 from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
 
 _PING_TIMEOUT_S = 2.0
+_LAST_WORDS_S = 3.0
 _PROFILE_TIMEOUT_S = 600.0  # the trace of minutes is gigabytes
 # Requests that stand still for longer are stuck. A long prompt of a large model takes minutes on a CPU.
 _MAX_STALL_S = {"cpu": 900.0}
@@ -168,7 +169,8 @@ class EngineClient:
 
     async def _watch(self, process: EngineProcess) -> None:
         status = await process.wait()
-        await asyncio.sleep(0.2)  # what it said last may still be on its way, and says more than its status
+        # What it said last may still be on its way, and says more than its status. Ended by itself it has said why.
+        await asyncio.sleep(_LAST_WORDS_S if status > 0 else 0.2)
         self._die(f"the engine's process ended with status {status}")
 
     def _die(self, reason: str) -> None:

@@ -162,6 +162,19 @@ def test_a_process_that_ends_or_talks_nonsense_fails_all_that_wait(monkeypatch: 
     with_stub(use, monkeypatch)
 
 
+def test_what_a_process_said_before_it_ended_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(stub: Stub) -> None:
+        assert stub.process._process.stdin is not None
+        stub.process._process.stdin.close()
+        assert await stub.process._process.wait() == 1
+        await asyncio.sleep(0.3)
+        await stub.answers.send(ClipReady(error="no such tag"))
+        with pytest.raises(ConfigError, match="--flag a:b cannot be loaded: no such tag"):
+            await asyncio.wait_for(stub.process.wait_ready(), 10)
+
+    with_stub(use, monkeypatch)
+
+
 def test_a_model_that_cannot_be_loaded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(stub: Stub) -> None:
         await stub.answers.send(ClipReady(error="no such tag"))
