@@ -21,6 +21,7 @@ from mmv1.errors import ConfigError
 from mmv1.log import configure_logging, logger
 
 _API_KEY_VARIABLE = "MMV1_API_KEY"
+_SECRET = ("api_key", "redis_url")
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 
 
@@ -81,7 +82,7 @@ def run(namespace: argparse.Namespace) -> int:
     embedding = embedding_settings(namespace)
     config = resolve(namespace.engine_args) if namespace.runner == "generate" else resolve_preprocess(namespace.engine_args)
     with _bind(namespace.host, namespace.port) as listener:
-        _log_settings(namespace.engine_args)
+        _log_settings(namespace)
         return run_until_signal(_start_and_serve(config, embedding, settings, listener, started_at))
 
 
@@ -126,13 +127,15 @@ def server_settings(namespace: argparse.Namespace) -> ServerSettings:
     return settings
 
 
-def _log_settings(args: EngineArgs) -> None:
-    """What differs from the defaults. The Redis URL may hold a password."""
-    defaults = EngineArgs()
+def _log_settings(namespace: argparse.Namespace) -> None:
+    """What differs from the defaults. Keys are secret, and the Redis URL may hold a password."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([])) | dataclasses.asdict(EngineArgs())
     given = {
-        field.name: "..." if field.name == "redis_url" else getattr(args, field.name)
-        for field in dataclasses.fields(args)
-        if getattr(args, field.name) != getattr(defaults, field.name)
+        name: "..." if name in _SECRET else getattr(namespace, name)
+        for name, default in defaults.items()
+        if getattr(namespace, name) != default
     }
     logger.info("Non-default settings: %s", ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none")
 

@@ -13,7 +13,6 @@ import pytest
 from mmv1.api.settings import ServerSettings
 from mmv1.cli import serve
 from mmv1.cli.main import make_parser
-from mmv1.config import EngineArgs
 from mmv1.errors import ConfigError
 from tests.api.fake_llm import make_model_dir
 from tests.cli.command import assert_one_sentence, mmv1
@@ -66,9 +65,12 @@ def test_an_architecture_that_is_not_supported_is_one_sentence_with_those_that_a
 
 def test_the_log_says_which_settings_are_not_the_defaults(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "mmv1"):
-        serve._log_settings(EngineArgs())
-        serve._log_settings(EngineArgs(model="m", max_num_seqs=4, redis_url="redis://user:secret@host"))
-    assert caplog.messages == ["Non-default settings: none", "Non-default settings: model='m', max_num_seqs=4, redis_url='...'"]
+        said = "m --max-num-seqs 4 --redis-url redis://user:secret@host --port 1 --api-key k"
+        for flags in ([], said.split()):
+            parser, _ = make_parser(["serve", *flags])
+            serve._log_settings(parser.parse_args(["serve", *flags]))
+    given = "port=1, api_key='...', model='m', max_num_seqs=4, redis_url='...'"
+    assert caplog.messages == ["Non-default settings: none", f"Non-default settings: {given}"]
 
 
 def settings_of(*argv: str) -> ServerSettings:
