@@ -123,7 +123,7 @@ class Worker:
         self.platform.synchronize()
         logger.info(
             "%s, %s, attention backend %s: %d KV blocks of %d tokens, %.1f MiB of picture embeddings",
-            self.platform.name, self._config.model.dtype, self.backend.name, num_blocks, self._config.cache.block_size,
+            self.platform.name, self._config.model.dtype, self.backend.name, num_blocks - 1, self._config.cache.block_size,
             encoder_cache_bytes / (1 << 20),
         )
 

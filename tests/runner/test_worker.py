@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -43,6 +44,13 @@ def test_it_says_what_its_caches_need(tiny_model_dir: Path) -> None:
     width = worker.model.embedding_width
     assert worker.get_embedding_bytes_per_token() == 4 * width
     assert (worker.device_name, worker.attention_backend_name) == ("cpu", "sdpa")
+
+
+def test_the_log_counts_the_blocks_that_requests_can_have(tiny_model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    worker = make_worker(tiny_model_dir, load_format="dummy")
+    with caplog.at_level(logging.INFO, "mmv1"):
+        worker.initialize_caches(5, 0)
+    assert ": 4 KV blocks of 16 tokens" in caplog.messages[-1]  # one of the five is the null block
 
 
 def test_memory_on_a_cpu_is_what_is_usable_within_bounds(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
