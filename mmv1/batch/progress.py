@@ -57,6 +57,7 @@ class Progress:
     def set_skipped(self, count: int) -> None:
         """So many pictures were done before: progress, but no work."""
         self._bar.n += count - self._bar.initial
+        self._bar.last_print_n += count - self._bar.initial
         self._bar.initial = count
 
     def finish(self, *, failed: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 
 import pytest
 
@@ -47,6 +49,17 @@ def test_what_was_done_before_counts_as_done_but_not_as_speed() -> None:
     assert (progress._bar.n, progress._bar.initial, progress._bar.total) == (912, 910, 1000)
     progress.close(was_finished=True)
     assert "912/912" in stream.getvalue() and "1 failed" in stream.getvalue()
+
+
+def test_a_run_that_goes_on_does_not_begin_with_the_speed_of_what_was_done_before() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress._bar.mininterval = 0
+    progress.set_skipped(100_000)
+    time.sleep(0.05)
+    progress.finish(failed=False)
+    shown = re.search(r"100001 pictures \[00:00, +([\d.]+) pictures/s", stream.getvalue())
+    assert shown is not None and float(shown[1]) < 1000, stream.getvalue()
 
 
 def test_an_interrupted_run_is_not_shown_as_a_whole_one() -> None:
