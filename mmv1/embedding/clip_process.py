@@ -7,6 +7,7 @@ is with whoever started it; and when the model fails, for a device may be left i
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -89,6 +90,7 @@ def _end_with_parent(runtime_dir: str) -> None:
 def main() -> int:
     settings = msgspec.json.decode(sys.argv[1], type=ClipSettings)
     configure_logging("clip")
+    logging.getLogger().addHandler(logging.NullHandler())  # else open_clip makes one that says everything, much of it again
     with contextlib.suppress(OSError):
         os.nice(settings.niceness)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all of a service's processes at once: the parent decides

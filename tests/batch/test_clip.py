@@ -93,6 +93,17 @@ def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
         ClipScorer("ViT-B-32")
 
 
+def test_weights_that_are_not_there_are_said_once(tiny_clip: str, capfd: pytest.CaptureFixture[str]) -> None:
+    scorer = ClipScorer(f"{tiny_clip}.gone")
+
+    async def nothing() -> None:
+        pass
+
+    with pytest.raises(ConfigError, match=r"tiny-clip\.pt\.gone"):
+        inside(scorer, nothing)
+    assert capfd.readouterr().err == ""
+
+
 def test_without_open_clip_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ConfigError, match=r"pip install 'mmv1\[clip\]'"):
