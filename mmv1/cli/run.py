@@ -66,6 +66,8 @@ def _question_of(words: list[str], model: str) -> Question:
         model = words.pop(0)
     elif not model and len(words) == 1 and _is_model(words[0]):
         raise ConfigError(f"{words[0]!r} is a model: say after it what to ask")
+    elif not model and os.path.isfile(words[0]):
+        raise ConfigError(f"{words[0]!r} is a file: say before it what to ask")
     text = sys.stdin.read().strip() if words[0] == "-" else words[0]
     if not text:
         raise ConfigError("the question is empty")

@@ -56,6 +56,8 @@ def test_which_word_is_what(words: list[str], model: str, expected: object, fold
         (["What?", "missing.jpg"], "no picture file 'missing.jpg'"),
         (["What?", "pets"], "no picture file 'pets'"),
         (["What?", "is this? " * 40], "a question of several words needs quotes"),
+        (["cat.jpg"], "'cat.jpg' is a file: say before it what to ask"),
+        (["cat.jpg", "What?"], "'cat.jpg' is a file: say before it what to ask"),
         (["model"], "'model' is a model: say after it what to ask"),
         ([""], "the question is empty"),
     ],
