@@ -149,14 +149,18 @@ def _prompt(namespace: argparse.Namespace) -> str:
     try:
         return Path(namespace.prompt_file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompt-file {namespace.prompt_file} cannot be read: {error}") from error
+        raise ConfigError(f"--prompt-file {namespace.prompt_file} cannot be read ({_reason(error)})") from error
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _read_schema(path: str) -> dict[str, Any]:
     try:
         schema = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--schema {path} cannot be read: {error}") from error
+        raise ConfigError(f"--schema {path} cannot be read ({_reason(error)})") from error
     if not isinstance(schema, dict):
         raise ConfigError(f"--schema {path} must hold a JSON object")
     return schema

@@ -33,7 +33,8 @@ def check_sampling_params(params: SamplingParams) -> SamplingParams:
     ):
         value = getattr(params, name)
         if not (value is None and name in ("seed", "max_tokens", "logprobs")) and not _is_int(value, low, high):
-            raise _wrong(name, f"an integer from {low} to {high}")
+            bounds = f"of at least {low}" if low >= 0 and high == _MAX_INT64 else f"from {low} to {high}"
+            raise _wrong(name, f"an integer {bounds}")
     for name, lowest, highest in (
         ("temperature", 0.0, math.inf),
         ("top_p", 0.0, 1.0),

@@ -56,7 +56,8 @@ def _read_below(root: Path, path: Path, limits: ImageLimits) -> bytes:
             limits.check_encoded(os.fstat(file.fileno()).st_size)
             data = file.read(limits.max_encoded_bytes + 1)  # it may have grown
     except (OSError, ValueError) as error:
-        message = f"the image file {path.name!r} cannot be read ({type(error).__name__})"
+        reason = error.strerror or str(error) if isinstance(error, OSError) else "no name that a file can have"
+        message = f"the image file {path.name!r} cannot be read ({reason})"
         raise ImageError(message, code="image_fetch_failed") from None
     limits.check_encoded(len(data))
     return data

@@ -318,9 +318,9 @@ def test_an_output_is_written_by_one_run_at_a_time(captioning: Captioning) -> No
         (["--num-captions", "2", "--temperature", "0"], "give a higher one"),
         (["--schema", "s.json", "--num-captions", "2"], "leave out --num-captions"),
         (["--schema", "s.json", "--rank", "clip"], "does not go with --rank"),
-        (["--schema", "gone.json"], "cannot be read"),
+        (["--schema", "gone.json"], "gone.json cannot be read (No such file or directory)"),
         (["--schema", "bad.json"], "no JSON schema"),
-        (["--prompt-file", "gone.txt"], "cannot be read"),
+        (["--prompt-file", "gone.txt"], "gone.txt cannot be read (No such file or directory)"),
         (["--clip-model", "x:y"], "does nothing by itself"),
     ],
 )

@@ -78,6 +78,11 @@ def test_more_tokens_than_may_be_cannot_be_demanded() -> None:
         check_sampling_params(SamplingParams(min_tokens=6, max_tokens=5))
 
 
+def test_a_bound_that_is_none_is_not_said() -> None:
+    with pytest.raises(RequestError, match=r"max_tokens must be an integer of at least 1$"):
+        check_sampling_params(SamplingParams(max_tokens=0))
+
+
 @pytest.mark.parametrize(
     "asked", [{}, {"regex": "a", "json_object": True}, {"json": {}, "choice": ("a",)}, {"choice": ()}, {"choice": ("",)}]
 )
