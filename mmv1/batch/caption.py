@@ -114,8 +114,10 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def question_of(namespace: argparse.Namespace) -> Question:
-    """Raises ConfigError for flags that cannot be together."""
+    """Raises ConfigError for flags that cannot be together, RequestError for sampling that cannot be."""
     from mmv1.batch.captioner import Question, schema_validator
+    from mmv1.engine.sampling import check_sampling_params
+    from mmv1.types import SamplingParams
 
     if namespace.schema and namespace.num_captions > 1:
         raise ConfigError("--schema goes with one caption a picture: leave out --num-captions")
@@ -131,6 +133,7 @@ def question_of(namespace: argparse.Namespace) -> Question:
     sampling.setdefault("temperature", 0.0 if namespace.num_captions == 1 else 1.0)
     if namespace.num_captions > 1 and sampling["temperature"] == 0:
         raise ConfigError("--num-captions with --temperature 0 would give the same caption many times: give a higher one")
+    check_sampling_params(SamplingParams(n=namespace.num_captions, max_tokens=namespace.max_tokens, **sampling))
     return Question(
         prompt=_prompt(namespace),
         system=namespace.system,

@@ -65,16 +65,21 @@ class CaptionJob:
         namespace = self._namespace
         async with AsyncExitStack() as stack:
             backend: Backend | None = None
+            started: tuple[Backend, ClipScorer | None] | None = None
             if namespace.url is not None:
                 backend = await stack.enter_async_context(open_backend(namespace.url, self._args_for_server()))
             model = resolve(self._args).model.served_model_name if backend is None else backend.model_name
             output = stack.enter_context(contextlib.closing(Output(self._output_args(), self._work(model))))
+            if output.sets_aside:  # what is there is not touched by a run that cannot caption
+                started = await self._start(stack, backend)
+            output.begin()
             found = samples(namespace.source, self._columns, self._limits)
             selection = Selection(found, output.sink, self._shard, namespace.limit)
             todo = iter(selection)
             first = await in_daemon_thread(lambda: next(todo, None))
             if first is not None:
-                backend, captioner = await self._start(stack, backend, output)
+                backend, scorer = started or await self._start(stack, backend)
+                captioner = self._captioner(stack, backend, scorer, output)
                 summary = await self._caption(chain([first], todo), backend, captioner, output, selection)
                 if summary.was_interrupted:
                     return _INTERRUPTED
@@ -88,9 +93,7 @@ class CaptionJob:
                 output.end_overwriting()
             return _SOME_FAILED if output.errors.count else 0
 
-    async def _start(
-        self, stack: AsyncExitStack, backend: Backend | None, output: Output
-    ) -> tuple[Backend, Captioner]:
+    async def _start(self, stack: AsyncExitStack, backend: Backend | None) -> tuple[Backend, ClipScorer | None]:
         """The engine, unless a server is there already, and the process that scores, at the same time."""
         namespace, args = self._namespace, self._args
         scorer = None
@@ -102,17 +105,20 @@ class CaptionJob:
             backend = await stack.enter_async_context(open_backend(None, args))
         if scorer is not None:
             await scorer.wait_ready()
+        return backend, scorer
+
+    def _captioner(self, stack: AsyncExitStack, backend: Backend, scorer: ClipScorer | None, output: Output) -> Captioner:
+        args = self._args
         reader = PictureReader(
             self._limits, allowed_domains=args.allowed_media_domains, timeout_s=args.media_fetch_timeout_s
         )
         stack.push_async_callback(reader.close)
         recorder = Recorder(output.log, output.sink)
         stack.push_async_callback(recorder.finish)  # before the output is closed
-        captioner = Captioner(
+        return Captioner(
             backend, self._question, reader, output.log, recorder, seed=args.seed,
-            scorer=scorer, min_clip_score=namespace.min_clip_score,
+            scorer=scorer, min_clip_score=self._namespace.min_clip_score,
         )  # fmt: skip
-        return backend, captioner
 
     async def _caption(
         self, todo: Iterator[Sample], backend: Backend, captioner: Captioner, output: Output, selection: Selection

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -60,44 +61,55 @@ class OutputArgs:
 
 
 class Output:
-    """Open until `close`, which finishes what is unfinished. Raises ConfigError where it cannot be opened."""
+    """Locked from now on until `close`; written to from `begin` on. Raises ConfigError where it cannot be opened."""
 
     def __init__(self, args: OutputArgs, work: dict[str, Any]) -> None:
         """`work`: all that a caption depends on."""
-        self._args = args
-        try:
+        self._args, self._work = args, work
+        with _writing(), ExitStack() as opened:
             self.files = _files(args)
             self.log = CaptionLog(self.files.log)
-            try:
-                self._go_on_or_begin(work)
-                self.sink = self._make_sink()
-                self.errors = Errors(self.files.errors)
-            except BaseException:
-                self.log.close()
-                raise
-        except OSError as error:
-            raise ConfigError(f"{error.filename} cannot be written ({error.strerror})") from error
+            opened.callback(self._close_log)
+            self._old = None if args.overwrite else read_settings(self.files.settings)
+            self._opened = opened.pop_all()
+        self._reason = self._reason_to_begin_anew()
+
+    @property
+    def sets_aside(self) -> bool:
+        """Whether `begin` renames captions that there are."""
+        return bool(self._reason and self.log.keys)
+
+    def begin(self) -> None:
+        """With what there is, or anew. Once. Raises ConfigError."""
+        with _writing():
+            self._go_on_or_begin()
+            self.sink = self._make_sink()
+            self.errors = Errors(self.files.errors)
+            self._opened.callback(self.errors.close)
+            self._opened.callback(self.sink.close)
 
     def close(self) -> None:
-        """Raises ConfigError when the rest cannot be written."""
+        """Finish what is unfinished. Raises ConfigError when the rest cannot be written."""
         try:
-            self.sink.close()
+            self._opened.close()
         except OSError as error:
             raise ConfigError(f"the output cannot be finished ({error.strerror}): run again to go on") from error
-        finally:
-            self.errors.close()
-            self.log.close()
 
-    def _go_on_or_begin(self, work: dict[str, Any]) -> None:
-        """With the log that there is, or another. It is locked before anything is looked at or renamed."""
-        args, files, log = self._args, self.files, self.log
-        old = None if args.overwrite else read_settings(files.settings)
-        if args.overwrite:
-            reason = "--overwrite"
-        elif old is None:
-            reason = "its settings are gone" if log.keys else ""
-        else:
-            reason = "; ".join(changes(old.work, work))
+    def _close_log(self) -> None:
+        """The one that it is by then."""
+        self.log.close()
+
+    def _reason_to_begin_anew(self) -> str:
+        """In words; "" for none."""
+        if self._args.overwrite:
+            return "--overwrite"
+        if self._old is None:
+            return "its settings are gone" if self.log.keys else ""
+        return "; ".join(changes(self._old.work, self._work))
+
+    def _go_on_or_begin(self) -> None:
+        """With the log that there is, or another."""
+        args, files, log, old, reason = self._args, self.files, self.log, self._old, self._reason
         if reason:
             if log.keys:
                 logger.warning("Every picture is captioned anew (%s); %d captions are set aside as %s.previous-*",
@@ -109,8 +121,7 @@ class Output:
         elif log.keys:
             logger.info("Going on: %d captions are there", len(log.keys))
         self._replaces_all = args.overwrite or (old is not None and not reason and old.replaces_all)
-        self._work = work
-        write_settings(files.settings, Settings(work, self._replaces_all))
+        write_settings(files.settings, Settings(self._work, self._replaces_all))
 
     def end_overwriting(self) -> None:
         """All is done that --overwrite was said for: text files that come to be later are left alone. Raises ConfigError."""
@@ -144,6 +155,14 @@ class Output:
     @property
     def _shard_prefix(self) -> str:
         return f"{self._args.shard.name}-" if self._args.shard.name else ""
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be written ({error.strerror})") from error
 
 
 def _files(args: OutputArgs) -> Files:

@@ -11,14 +11,17 @@ import sys
 import tarfile
 import termios
 from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 
+from mmv1.batch import caption_job
 from mmv1.batch.caption import DEFAULT_PROMPT
-from mmv1.errors import EngineDeadError
+from mmv1.errors import ConfigError, EngineDeadError
 from tests.batch.captioning import Captioning, caption_of, captioning, make_pictures, rows, sidecars
 from tests.integration.server import ROOT, wait_until
 
@@ -147,6 +150,25 @@ def test_a_changed_question_is_new_work_and_nothing_is_lost(
     assert "captioned anew" in told and flags[0].strip("-").replace("-", "_") in told
     assert {row["caption"] for row in rows(Path("p/captions.jsonl.previous-1"))} == {caption_of(data) for data in made.values()}
     assert len(rows(Path("p/captions.jsonl"))) == 4
+
+
+@pytest.mark.parametrize("flags", [["--prompt", "Other?"], ["--overwrite"]])
+def test_a_run_that_cannot_begin_sets_nothing_aside(
+    captioning: Captioning, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    @asynccontextmanager
+    async def fail(url: str | None, args: Any) -> AsyncIterator[None]:
+        raise ConfigError("no memory is left")
+        yield
+
+    made = make_pictures(Path("p"), 2)
+    assert captioning("p") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(caption_job, "open_backend", fail)
+        assert captioning("p", *flags) == 2
+    assert not list(Path("p").glob("*previous*")) and sidecars(Path("p")) == stems(made)
+    starts = captioning.num_starts
+    assert captioning("p") == 0 and captioning.num_starts == starts  # it has nothing to do
 
 
 def test_another_seed_is_no_new_work(captioning: Captioning) -> None:
@@ -322,6 +344,9 @@ def test_an_output_is_written_by_one_run_at_a_time(captioning: Captioning) -> No
         (["--schema", "bad.json"], "no JSON schema"),
         (["--prompt-file", "gone.txt"], "gone.txt cannot be read (No such file or directory)"),
         (["--clip-model", "x:y"], "does nothing by itself"),
+        (["--temperature", "-1"], "temperature must be a number from 0"),
+        (["--top-p", "2"], "top_p must be a number above 0"),
+        (["--num-captions", "1000"], "n must be an integer from 1 to 256"),
     ],
 )
 def test_settings_that_cannot_work(
