@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mmv1.cli.main import COMMANDS, make_parser
+from mmv1.config import DEMO_MODEL
 from tests.cli.command import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "demo_model").glob("*.md")])
@@ -40,6 +41,11 @@ def words_of(line: str) -> list[str]:
 def test_the_reference_is_made_of_the_flags() -> None:
     made = runpy.run_path(str(ROOT / "scripts" / "cli_reference.py"))["page"]()
     assert (ROOT / "docs" / "cli.md").read_text() == made, "run scripts/cli_reference.py"
+
+
+def test_requests_shown_are_for_models_that_the_servers_shown_have() -> None:
+    for page in PAGES:
+        assert {*re.findall(r'"model": "(.*?)"', page.read_text())} <= {DEMO_MODEL, "ViT-B-32"}, page.name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
