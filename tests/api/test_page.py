@@ -97,6 +97,16 @@ def test_two_turns_about_a_picture(browser: Browser, demo: Server) -> None:
     assert browser.evaluate("document.getElementById('status').textContent") == "yellow"
 
 
+@pytest.mark.parametrize(("last", "rate"), [("{at: 60.6, tokens: 2}", "33"), ("{at: 560, tokens: 26}", "50")])
+def test_the_rate_of_an_answer_that_came_nearly_in_one_piece_is_that_of_all_it_took(
+    last: str, rate: str, browser: Browser, demo: Server
+) -> None:
+    open_page(browser, demo.url)
+    usage = "{prompt_tokens: 9, completion_tokens: 2, prompt_tokens_details: {cached_tokens: 0, image_tokens: 0}}"
+    answer = f"{{usage: {usage}, startedAt: 0, first: {{at: 60, tokens: 1}}, last: {last}}}"
+    assert f"2 tokens, {rate} tokens/s" in browser.evaluate(f"figures({answer}).textContent")
+
+
 def test_pictures_are_dropped_pasted_removed_and_forgotten(browser: Browser, demo: Server) -> None:
     open_page(browser, demo.url)
     set_temperature_0(browser)
