@@ -399,11 +399,12 @@ async def _log_every(interval_s: float, next_line: Callable[[float], str | None]
 def _log_start(served: Served, listener: socket.socket, settings: ServerSettings) -> None:
     served.log_start()
     host, port = listener.getsockname()[:2]
-    posts = [*(_OF_A_LANGUAGE_MODEL[:3] if served.llm else ()), *(("/v1/embeddings",) if served.embedder else ())]
+    posts = [*(_OF_A_LANGUAGE_MODEL if served.llm else ()), *(("/v1/embeddings",) if served.embedder else ())]
+    gets = [*(("/",) if served.llm else ()), "/v1/models", "/health", "/ping", "/metrics", "/version", "/docs"]
     profiling: tuple[str, ...] = ()
     if served.llm is not None and served.llm.config.device.torch_profiler_dir is not None:
         profiling = ("POST /start_profile", "POST /stop_profile")
-    routes = (*(f"POST {path}" for path in posts), "GET /v1/models", "GET /health", "GET /metrics", "GET /docs", *profiling)
+    routes = (*(f"POST {path}" for path in posts), *(f"GET {path}" for path in gets), *profiling)
     for route in routes:
         logger.info("Route: %s", route)
     if settings.api_keys:

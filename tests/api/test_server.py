@@ -284,14 +284,16 @@ def test_models_health_and_documentation(llm: FakeLLM) -> None:
 
 
 def test_start_up_lines(llm: FakeLLM, caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> int:
+    async def main() -> tuple[int, dict[str, dict[str, object]]]:
         with caplog.at_level("INFO", "mmv1"):
-            async with served(llm) as server:
-                return server.port
+            async with served(llm) as server, httpx.AsyncClient(base_url=server.url) as client:
+                return server.port, (await client.get("/openapi.json")).json()["paths"]
 
-    port = asyncio.run(main())
+    port, paths = asyncio.run(main())
     assert f"http://127.0.0.1:{port}" in caplog.text
-    assert "Route: POST /v1/chat/completions" in caplog.text
+    documented = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    said = {message.removeprefix("Route: ") for message in caplog.messages if message.startswith("Route: ")}
+    assert said == documented - {"GET /v1/models/{name}"} | {"GET /", "GET /docs"}
     assert "float32 on cpu" in caplog.text
     assert "KV cache size: 160 tokens (10 blocks of 16 tokens)" in caplog.text
     assert "Redis: no" in caplog.text
