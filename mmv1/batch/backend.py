@@ -1,5 +1,5 @@
-"""How a chat request is answered: by an engine in this process, or by a server. Either takes OpenAI's JSON body, and gives the
-status and the body that `mmv1 serve` gives.
+"""How a request is answered: by an engine in this process, or by a server. Either takes OpenAI's JSON body, and gives the status
+and the body that `mmv1 serve` gives.
 
 What is a request's own fault is an answer with its 4xx. When nothing can be answered any more EngineDeadError is raised: the
 engine died, or the server has for minutes been unreachable or taken nothing (status 429, 502, 503).
@@ -22,6 +22,7 @@ import pybase64
 from prometheus_client.parser import text_string_to_metric_families
 
 from mmv1.api.chat import ChatAnswer, SamplingDefaults
+from mmv1.api.completions import CompletionAnswer, decode_completion_request
 from mmv1.api.metrics import Metrics
 from mmv1.api.protocol import check_body_size, check_model, decode_chat_request, error_of
 from mmv1.config import EngineArgs, resolve
@@ -31,6 +32,9 @@ from mmv1.preprocess.header import probe_header
 
 if TYPE_CHECKING:
     from mmv1.engine.async_llm import AsyncLLM
+
+CHAT = "/v1/chat/completions"
+_COMPLETIONS = "/v1/completions"
 
 _MAX_OPEN_AT_SERVER = 256  # what `mmv1 serve` has in one step unless it is told otherwise
 _TIMEOUT = httpx.Timeout(600.0, connect=10.0, pool=None)  # a request may wait in the server's queue for long
@@ -53,7 +57,7 @@ class Picture:
 
 
 class Answer(NamedTuple):
-    """`body`: OpenAI's chat completion, or its error object. `request_id`: the server's x-request-id."""
+    """`body`: OpenAI's chat completion, say, or its error object. `request_id`: the server's x-request-id."""
 
     status_code: int
     body: dict[str, Any]
@@ -79,9 +83,9 @@ class Backend(Protocol):
     model_name: str
     max_open: int
 
-    async def chat(self, body: Mapping[str, Any]) -> Answer:
-        """The answer to one request, whole: `stream` is refused. A picture's "url" may be a Picture, which is the cheapest way
-        for either. Raises EngineDeadError."""
+    async def ask(self, body: Mapping[str, Any], path: str = CHAT) -> Answer:
+        """The answer to one request to the API's `path`, whole: `stream` is refused. In a chat a picture's "url" may be a
+        Picture, which is the cheapest way for either. Raises EngineDeadError."""
 
     async def load(self) -> Load | None:
         """None: the server does not say."""
@@ -131,11 +135,11 @@ class LocalBackend:
             await llm.close()
             raise
 
-    async def chat(self, body: Mapping[str, Any]) -> Answer:
+    async def ask(self, body: Mapping[str, Any], path: str = CHAT) -> Answer:
         request_id = uuid.uuid4().hex
         async with self._room:
             try:
-                return Answer(200, await self._complete(body), request_id)
+                return Answer(200, await self._complete(body, path), request_id)
             except EngineDeadError:
                 raise
             except Exception as error:
@@ -143,7 +147,7 @@ class LocalBackend:
                     logger.exception("Request %s failed", request_id)
                 return _refusal(error, request_id)
 
-    async def _complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def _complete(self, body: Mapping[str, Any], path: str) -> dict[str, Any]:
         """Raises what the server makes error answers of."""
         pictures: dict[str, bytes] = {}
 
@@ -152,9 +156,19 @@ class LocalBackend:
             pictures[url] = picture.data
             return url
 
-        request = decode_chat_request(_encode(body, set_aside))
-        check_model(request.model, self.model_name)
-        answer = ChatAnswer(self._llm, request, self._defaults, self._metrics, pictures)
+        answer: ChatAnswer | CompletionAnswer
+        content = _encode(body, set_aside)
+        if path == CHAT:
+            request = decode_chat_request(content)
+            check_model(request.model, self.model_name)
+            answer = ChatAnswer(self._llm, request, self._defaults, self._metrics, pictures)
+        elif path == _COMPLETIONS:
+            completion_request = decode_completion_request(content)
+            check_model(completion_request.model, self.model_name)
+            answer = CompletionAnswer(self._llm, completion_request, self._defaults, self._metrics)
+        else:
+            message = f"{path} is not answered by an engine that is started here: name a server that answers it with --url"
+            raise RequestError(message, code="no_such_model", status=404)
         async with aclosing(answer.full()) as chunks:
             completion: dict[str, Any] = msgspec.json.decode(await anext(chunks))
         return completion
@@ -207,7 +221,7 @@ class ServerBackend:
             raise
         return cls(client, model or names[0], patience_s)
 
-    async def chat(self, body: Mapping[str, Any]) -> Answer:
+    async def ask(self, body: Mapping[str, Any], path: str = CHAT) -> Answer:
         try:
             content = _encode(body, _data_url)
         except RequestError as error:
@@ -215,7 +229,7 @@ class ServerBackend:
         first_try = time.monotonic()
         num_failures = num_tries = 0
         while True:
-            reply = await self._post(content)
+            reply = await self._post(path, content)
             if reply.answer is not None and not reply.may_pass:
                 self._last_answer = time.monotonic()
                 return reply.answer
@@ -229,10 +243,10 @@ class ServerBackend:
             await asyncio.sleep(reply.retry_after_s or _pause(num_tries))
             num_tries += 1
 
-    async def _post(self, content: bytes) -> _Reply:
+    async def _post(self, path: str, content: bytes) -> _Reply:
         try:
             headers = {"Content-Type": "application/json"}
-            response = await self._client.post("/v1/chat/completions", content=content, headers=headers)
+            response = await self._client.post(path, content=content, headers=headers)
         except httpx.ReadTimeout:
             message = f"no answer within {_TIMEOUT.read:.0f} s"
             return _Reply(Answer(504, _error_body(message, "timeout"), ""), message, may_pass=True)

@@ -204,7 +204,7 @@ class Captioner:
         """The choices' texts, and whether each was cut at max_tokens. Raises RequestError."""
         while True:
             uses = self._use_response_format
-            answer = await self._backend.chat(
+            answer = await self._backend.ask(
                 self._question.body(self._backend.model_name, picture, seed, is_retry=is_retry, use_response_format=uses)
             )
             if answer.status_code == 200:

@@ -31,7 +31,7 @@ from mmv1.log import configure_logging
 if TYPE_CHECKING:
     from mmv1.batch.backend import Answer
 
-_URL = "/v1/chat/completions"
+_URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _ID = "batch_req_"
 _BAR_INTERVAL_S = (10.0, 0.2)  # in a file; on a terminal
 
@@ -74,10 +74,11 @@ class _KnownLine(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the input. `fault`: why it is no request; else `body` is."""
+    """A line of the input. `fault`: why it is no request; else `body` is, to `url`."""
 
     key: str
     custom_id: str | None
+    url: str
     body: dict[str, Any]
     fault: LineError | None = None
 
@@ -101,7 +102,7 @@ def _read_line(text: bytes, number: int, line_of: dict[str, int]) -> Line:
         return LineError(code, f"line {number}: {message}", param, number)
 
     def unusable(error: LineError) -> Line:
-        return Line(_key(b"%d " % number + text), None, {}, error)
+        return Line(_key(b"%d " % number + text), None, "", {}, error)
 
     try:
         value = msgspec.json.decode(text)
@@ -115,15 +116,15 @@ def _read_line(text: bytes, number: int, line_of: dict[str, int]) -> Line:
     first = line_of.setdefault(custom_id, number)
     if first != number:
         return unusable(fault("duplicate_custom_id", f"custom_id {custom_id!r} is that of line {first}", "custom_id"))
-    body = value.get("body")
+    url, body = value.get("url"), value.get("body")
     wrong = None
     if value.get("method") != "POST":
         wrong = fault("invalid_method", f"method must be POST, not {value.get('method')!r}", "method")
-    elif value.get("url") != _URL:
-        wrong = fault("invalid_url", f"url must be {_URL}, not {value.get('url')!r}", "url")
+    elif url not in _URLS:
+        wrong = fault("invalid_url", f"url must be one of {', '.join(_URLS)}, not {url!r}", "url")
     elif not isinstance(body, dict):
         wrong = fault("missing_required_parameter", "body is missing, or is no JSON object", "body")
-    return Line(_key(text), custom_id, body if isinstance(body, dict) else {}, wrong)
+    return Line(_key(text), custom_id, str(url), body if isinstance(body, dict) else {}, wrong)
 
 
 def _key(text: bytes) -> str:
@@ -253,7 +254,7 @@ async def _answer_all(namespace: argparse.Namespace, output: Output, num_open: i
             start = time.monotonic()
             summary = await run_jobs(
                 read_lines(namespace.input_file),
-                lambda line: backend.chat(line.body),
+                lambda line: backend.ask(line.body, line.url),
                 done=output.places,
                 max_inflight=namespace.max_inflight or backend.max_open,
                 on_result=keep,

@@ -66,7 +66,7 @@ class FakeBackend:
         self.finish_reason = "stop"
         self.delay_s = 0.001
 
-    async def chat(self, body: dict[str, Any]) -> Answer:
+    async def ask(self, body: dict[str, Any]) -> Answer:
         content = body["messages"][-1]["content"]
         picture = content[0]["image_url"]["url"].data
         self.bodies.append(body)

@@ -44,7 +44,7 @@ def answering(handler: Callable[[httpx.Request], httpx.Response], patience_s: fl
 
 def ask(backend: Backend, *bodies: dict[str, Any]) -> list[Answer]:
     async def ask_all() -> list[Answer]:
-        return await asyncio.gather(*(backend.chat(each) for each in bodies))
+        return await asyncio.gather(*(backend.ask(each) for each in bodies))
 
     return asyncio.run(ask_all())
 
@@ -90,6 +90,27 @@ def test_both_backends_give_the_same(name: str, llm: FakeLLM) -> None:
     assert ("error" in local.body) == (status != 200)
     if status == 200:
         assert local.body["choices"][0]["message"]["content"] == "".join(PIECES)
+
+
+COMPLETION = {"model": MODEL, "prompt": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("status", "request_"),
+    [(200, COMPLETION), (200, COMPLETION | {"prompt": ["a", "b"], "n": 2}), (404, COMPLETION | {"model": "x"}),
+     (400, {"model": MODEL}), (400, COMPLETION | {"stream": True})],
+)  # fmt: skip
+def test_completions_too(status: int, request_: dict[str, Any], llm: FakeLLM) -> None:
+    backends = LocalBackend(llm), server_of(llm)  # type: ignore[arg-type]
+    local, remote = (asyncio.run(backend.ask(request_, "/v1/completions")) for backend in backends)
+    assert local.status_code == status and without_ids(local) == without_ids(remote)
+    if status == 200:
+        assert {choice["text"] for choice in local.body["choices"]} == {"".join(PIECES)}
+
+
+def test_an_engine_makes_no_embeddings_and_says_who_may(llm: FakeLLM) -> None:
+    answer = asyncio.run(LocalBackend(llm).ask({"model": MODEL, "input": "hi"}, "/v1/embeddings"))  # type: ignore[arg-type]
+    assert answer.status_code == 404 and "name a server that answers it with --url" in answer.body["error"]["message"]
 
 
 @pytest.mark.parametrize("error", [ImageError("the image is damaged"), RuntimeError("a bug of ours")], ids=["fault", "bug"])
@@ -152,7 +173,7 @@ def test_the_engine_has_no_more_open_than_two_steps_full(llm: FakeLLM) -> None:
     async def test() -> None:
         local = LocalBackend(llm)  # type: ignore[arg-type]
         assert local.max_open == 4
-        answers = asyncio.gather(*(local.chat(body()) for _ in range(10)))
+        answers = asyncio.gather(*(local.ask(body()) for _ in range(10)))
         for _ in range(50):
             await asyncio.sleep(0)
         assert len(llm.running) == 4
@@ -286,7 +307,7 @@ def test_connections_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     async def ask_in_turns(url: str) -> None:
         async with open_backend(url, EngineArgs()) as backend:
             for _ in range(20):
-                answers = await asyncio.gather(*(backend.chat(body(model="stub")) for _ in range(4)))
+                answers = await asyncio.gather(*(backend.ask(body(model="stub")) for _ in range(4)))
                 assert {answer.status_code for answer in answers} == {200}
 
     with stub_server() as stub:

@@ -197,10 +197,10 @@ def test_errors_of_servers_that_have_their_own_form(captioning: Captioning, monk
     make_pictures(Path("p"), 2)
     use_schema()
 
-    async def chat(request: dict[str, Any]) -> Answer:
+    async def ask(request: dict[str, Any]) -> Answer:
         return Answer(400, body, "")
 
-    monkeypatch.setattr(captioning.backend, "chat", chat)
+    monkeypatch.setattr(captioning.backend, "ask", ask)
     assert captioning("p", "--schema", "s.json", "--url", "http://somewhere") == 3
     assert [row["message"] for row in rows(Path("p/errors.jsonl"))] == ["status 400" if body == {"error": None} else "text"] * 2
 
@@ -214,10 +214,10 @@ def test_an_answer_without_text_is_a_fault_of_its_picture(
 ) -> None:
     make_pictures(Path("p"), 2)
 
-    async def chat(request: dict[str, Any]) -> Answer:
+    async def ask(request: dict[str, Any]) -> Answer:
         return Answer(200, body, "")
 
-    monkeypatch.setattr(captioning.backend, "chat", chat)
+    monkeypatch.setattr(captioning.backend, "ask", ask)
     assert captioning("p") == 3
     assert {row["code"] for row in rows(Path("p/errors.jsonl"))} == {"no_caption"}
 

@@ -98,7 +98,8 @@ FAULTY: list[tuple[bytes | dict[str, Any], str, str | None]] = [
     (request("good", "the same name"), "duplicate_custom_id", None),
     (request("good", "well"), "duplicate_custom_id", None),
     (request("get", "x", method="GET"), "invalid_method", "get"),
-    (request("embed", "x", url="/v1/embeddings"), "invalid_url", "embed"),
+    (request("speech", "x", url="/v1/audio/speech"), "invalid_url", "speech"),
+    (request("no url", "x", url=None), "invalid_url", "no url"),
     (request("body", "x", body=[1]), "missing_required_parameter", "body"),
 ]
 
@@ -106,7 +107,7 @@ FAULTY: list[tuple[bytes | dict[str, Any], str, str | None]] = [
 def test_a_line_that_is_no_request_stops_nothing(folder: Folder, stub: StubServer, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder.input, [request("good", "well"), b"", *(line for line, _, _ in FAULTY), request("last", "end", extra=1)])
     assert folder.run() == 3
-    assert "14 of 14 lines are answered, 12 are failures" in capsys.readouterr().err
+    assert "15 of 15 lines are answered, 13 are failures" in capsys.readouterr().err
     errors = [line for line in folder.answers if line["error"] is not None]
     assert sorted(stub.asked) == ["end", "well"]
     for number, (line, (_, code, custom_id)) in enumerate(zip(errors, FAULTY, strict=True), 3):
@@ -262,7 +263,8 @@ def contents(lines: Lines) -> dict[str, Any]:
     for custom_id, line in by_id.items():
         body = line["response"]["body"]
         said[custom_id] = body["error"] if "error" in body else [
-            (choice["message"]["content"], choice["finish_reason"]) for choice in body["choices"]
+            (choice["message"]["content"] if "message" in choice else choice["text"], choice["finish_reason"])
+            for choice in body["choices"]
         ]  # fmt: skip
     return said
 
@@ -319,6 +321,7 @@ def test_an_engine_of_its_own_killed_and_gone_on_with_answers_as_a_server_does(t
         {"model": "tiny"},
     ]  # fmt: skip
     lines = [request(f"r{i}", "", body=body) for i, body in enumerate(bodies)]
+    lines.append(request("completion", "", url="/v1/completions", body={**options, "prompt": "Once", "n": 2, "seed": 1}))
     outputs = {}
     with serving(tiny_model_dir, tmp_path) as server:
         remote = Folder(tmp_path, None)
