@@ -461,9 +461,9 @@ def test_long_texts_leave_the_event_loop(harness, monkeypatch, way):
     loop_thread, threads = threading.get_ident(), []
     render = getattr(harness.pre._prompts, name)
 
-    def recorded(*prompt):
+    def recorded(*prompt, **options):
         threads.append(threading.get_ident() == loop_thread)
-        return render(*prompt)
+        return render(*prompt, **options)
 
     monkeypatch.setattr(harness.pre._prompts, name, recorded)
     for number, text in enumerate(("Hello", "hello " * 2_000, "hello " * 3_500)):
