@@ -50,11 +50,12 @@ class Served(NamedTuple):
         return (self.llm is None or self.llm.is_ready) and (self.embedder is None or self.embedder.is_alive)
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError, EmbedderDeadError."""
+        """Raises EngineDeadError, EmbedderDeadError. Beside a language model an embedding model that is away for a moment, loaded
+        anew, is no reason to have the server replaced."""
         if self.llm is not None:
             await self.llm.check_health()
-        if self.embedder is not None:
-            self.embedder.check_health()
+        else:
+            self._only_embedder.check_health()
 
     def end_requests(self) -> None:
         """End every request that runs, with ShuttingDownError."""

@@ -31,7 +31,8 @@ from mmv1.log import configure_logging
 if TYPE_CHECKING:
     from mmv1.batch.backend import Answer
 
-_URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+_EMBEDDINGS = "/v1/embeddings"
+_URLS = ("/v1/chat/completions", "/v1/completions", _EMBEDDINGS)
 _ID = "batch_req_"
 _BAR_INTERVAL_S = (10.0, 0.2)  # in a file; on a terminal
 
@@ -187,7 +188,7 @@ def run(namespace: argparse.Namespace) -> int:
         raise ConfigError("--input-file and --output-file are the same file")
     configure_logging("batch")
     with contextlib.closing(Output(output_file)) as output:
-        num_lines, num_open = _prepare(input_file, output)
+        num_lines, num_open = _prepare(input_file, output, needs_engine=namespace.url is None)
         was_finished = False
         try:
             was_finished = num_open == 0 or _answer(namespace, output, num_open)
@@ -200,9 +201,9 @@ def run(namespace: argparse.Namespace) -> int:
     return 3 if output.num_failed else 0
 
 
-def _prepare(input_file: Path, output: Output) -> tuple[int, int]:
+def _prepare(input_file: Path, output: Output, *, needs_engine: bool) -> tuple[int, int]:
     """Write down what is wrong with lines of the input, and count them: all, and those to be answered. Raises ConfigError for an
-    output that belongs to another input."""
+    output that belongs to another input, and for embeddings where `needs_engine`: one that is started here makes none."""
     strangers = dict(output.places)
     faults, num_lines, num_open = [], 0, 0
     for line in read_lines(input_file):
@@ -212,6 +213,8 @@ def _prepare(input_file: Path, output: Output) -> tuple[int, int]:
             continue
         if line.fault is None:
             num_open += 1
+            if needs_engine and line.url == _EMBEDDINGS:
+                raise ConfigError(f"{line.custom_id} is a request to {_EMBEDDINGS}: name a server that answers it with --url")
         else:
             faults.append(line)
     if strangers:

@@ -81,6 +81,8 @@ def run(namespace: argparse.Namespace) -> int:
     settings = server_settings(namespace)
     embedding = embedding_settings(namespace)
     config = resolve(namespace.engine_args) if namespace.runner == "generate" else resolve_preprocess(namespace.engine_args)
+    if embedding is not None and isinstance(config, EngineConfig) and embedding.name == config.model.served_model_name:
+        raise ConfigError(f"both models are named {embedding.name}: give the language model another --served-model-name")
     with _bind(namespace.host, namespace.port) as listener:
         _log_settings(namespace)
         return run_until_signal(_start_and_serve(config, embedding, settings, listener, started_at))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import shutil
 from typing import Any
@@ -23,7 +24,7 @@ from mmv1.embedding.messages import (
     NotEmbedded,
 )
 from mmv1.embedding.settings import check_clip_model
-from mmv1.errors import ConfigError, ContextLengthError, EmbedderDeadError, ImageError
+from mmv1.errors import ConfigError, EmbedderDeadError, ImageError, RequestError
 from mmv1.log import logger
 from mmv1.preprocess.slab import SlabStore
 from mmv1.wire import AsyncReceiver, AsyncSender, ipc_address, new_runtime_dir
@@ -50,28 +51,29 @@ class ClipProcess:
 
     async def start(self) -> None:
         """Start the process; the model is loaded meanwhile."""
-        self._runtime_dir = new_runtime_dir()
-        self._jobs = AsyncSender(ipc_address(self._runtime_dir, JOBS_SOCKET), bind=True)
-        self._answers: AsyncReceiver[ClipAnswer] = AsyncReceiver(
-            ipc_address(self._runtime_dir, ANSWERS_SOCKET), ClipAnswer, bind=True
-        )
         slab = self._slab
-        settings = ClipSettings(
-            runtime_dir=str(self._runtime_dir),
-            model=self._model,
-            slab_fd=None if slab is None else slab.fd,
-            slab_bytes=0 if slab is None else slab.nbytes,
-            niceness=self._niceness,
-        )
-        try:
+        with contextlib.ExitStack() as stack:
+            self._runtime_dir = new_runtime_dir()
+            stack.callback(shutil.rmtree, self._runtime_dir, ignore_errors=True)
+            self._jobs = AsyncSender(ipc_address(self._runtime_dir, JOBS_SOCKET), bind=True)
+            stack.callback(self._jobs.close)
+            self._answers: AsyncReceiver[ClipAnswer] = AsyncReceiver(
+                ipc_address(self._runtime_dir, ANSWERS_SOCKET), ClipAnswer, bind=True
+            )
+            stack.callback(self._answers.close)
+            settings = ClipSettings(
+                runtime_dir=str(self._runtime_dir),
+                model=self._model,
+                slab_fd=None if slab is None else slab.fd,
+                slab_bytes=0 if slab is None else slab.nbytes,
+                niceness=self._niceness,
+            )
             self._process = await child.start(
                 *("mmv1.embedding.clip_process", msgspec.json.encode(settings).decode()),
                 pass_fds=() if slab is None else (slab.fd,),
                 env={"OMP_WAIT_POLICY": "PASSIVE"},
             )
-        except BaseException:
-            self._close_sockets()
-            raise
+            self._cleanup = stack.pop_all()
         self._ready: asyncio.Future[ClipReady] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[Any]] = [asyncio.create_task(self._receive()), asyncio.create_task(self.wait_ended())]
 
@@ -100,7 +102,7 @@ class ClipProcess:
         return await self._embed(EmbedPicture(next(self._job_ids)), encoded)
 
     async def embed_text(self, text: str, *, truncate: bool) -> Embedded:
-        """Raises ContextLengthError for one that is too long, unless `truncate`; EmbedderDeadError."""
+        """Raises RequestError, for one that is too long unless `truncate`; EmbedderDeadError."""
         return await self._embed(EmbedText(next(self._job_ids), text, truncate))
 
     async def close(self) -> None:
@@ -109,12 +111,7 @@ class ClipProcess:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await child.stop(self._process)
         self._end()
-        self._close_sockets()
-
-    def _close_sockets(self) -> None:
-        self._jobs.close()
-        self._answers.close()
-        shutil.rmtree(self._runtime_dir, ignore_errors=True)
+        self._cleanup.close()
 
     async def _embed(self, job: ClipJob, encoded: bytes | None = None) -> Embedded:
         await self._places.acquire()
@@ -130,9 +127,9 @@ class ClipProcess:
         result = await answer  # one that is not awaited any more keeps its place until the process has answered it
         if isinstance(result, Embedded):
             return result
-        if isinstance(job, EmbedText):
-            raise ContextLengthError(result.message, param="input")
-        raise ImageError(result.message, code=result.code)
+        if isinstance(job, EmbedPicture):
+            raise ImageError(result.message, code=result.code)
+        raise RequestError(result.message, code=result.code, param="input")
 
     def _leave(self, job_id: int) -> asyncio.Future[Embedded | NotEmbedded] | None:
         """Give up a job's place: who waits for it, if it has one."""

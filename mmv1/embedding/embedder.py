@@ -17,15 +17,17 @@ from mmv1.embedding.cache import EmbeddingCache
 from mmv1.embedding.client import ClipProcess
 from mmv1.embedding.messages import ClipReady
 from mmv1.embedding.settings import FLAG, EmbeddingSettings
-from mmv1.errors import ConfigError, EmbedderDeadError, RequestError, ShuttingDownError
+from mmv1.errors import EmbedderDeadError, RequestError, ShuttingDownError
 from mmv1.log import logger
 from mmv1.preprocess.crop import CropRules
 from mmv1.preprocess.image_loader import all_at_once, is_remote
 from mmv1.preprocess.media import EncodedImage, ImageSource
 from mmv1.preprocess.pictures import Pictures, check_slab
 
-_MAX_PICTURES_OF_A_REQUEST = 8  # at once, from the download on: that many are in memory, encoded
-_FIRST_RESTART_S, _MAX_RESTART_S = 0.5, 30.0
+# Of a request at once: pictures from the download on, for they are in memory, encoded; texts, so that others have their turn.
+_MAX_PICTURES, _MAX_TEXTS = 8, 32
+_FIRST_RESTART_S, _MAX_RESTART_S = 0.25, 30.0
+_LONG_LIFE_S = 60.0
 # What the slab is sized by, where only CLIP's pictures lie in it. How large they are is known when the model is loaded.
 _LARGEST_BYTES, _ORDINARY_BYTES = 3 * 1024 * 1024, 3 * 224 * 224
 
@@ -164,14 +166,15 @@ class Embedder:
     async def _embed_all(
         self, inputs: Sequence[TextInput | PictureInput], truncate: bool, tenant_scope: bytes
     ) -> list[Embedding]:
-        turns = asyncio.Semaphore(_MAX_PICTURES_OF_A_REQUEST)
+        picture_turns, text_turns = asyncio.Semaphore(_MAX_PICTURES), asyncio.Semaphore(_MAX_TEXTS)
 
         async def embed_one(one: TextInput | PictureInput) -> Embedding:
             try:
                 if isinstance(one, PictureInput):
-                    async with turns:
+                    async with picture_turns:
                         return Embedding(await self._embed_picture(one.source, tenant_scope), 0)
-                embedded = await self._running().embed_text(one.text, truncate=truncate)
+                async with text_turns:
+                    embedded = await self._running().embed_text(one.text, truncate=truncate)
             except RequestError as error:  # perhaps one that others get too
                 message = f"{one.place}: {error.message}"
                 raise RequestError(message, code=error.code, param=one.place, status=error.status) from None
@@ -223,6 +226,8 @@ class Embedder:
             offset, _ = await pixels.hold(mm_hash)
             self._flights[mm_hash].may_be_given_up = False
             try:
+                if self.ready is None or self.ready.rules != rules:  # another model has been loaded meanwhile
+                    raise EmbedderDeadError("the embedding model has changed")
                 embedded = await self._running().embed_pixels(offset)
             finally:
                 pixels.release(mm_hash)
@@ -234,18 +239,20 @@ class Embedder:
         return embedded.values
 
     async def _keep_running(self) -> None:
-        """Start the process, and another whenever it ends; not if the first cannot load the model."""
+        """Start the process, and another whenever it ends; not if the first cannot load the model. Those that do not live long
+        come ever more slowly."""
         pause = _FIRST_RESTART_S
         while True:
+            started_at = asyncio.get_running_loop().time()
             try:
                 await self._run_process()
-                pause = _FIRST_RESTART_S
-            except (ConfigError, OSError) as error:
+            except Exception as error:
                 if not self._first.done():
                     self._first.set_exception(error)
                     return
                 logger.error("%s", error)
-                pause = min(2 * pause, _MAX_RESTART_S)
+            lived_s = asyncio.get_running_loop().time() - started_at
+            pause = _FIRST_RESTART_S if lived_s > _LONG_LIFE_S else min(2 * pause, _MAX_RESTART_S)
             self._stats.num_process_deaths += 1
             self._cache.clear()  # what its files hold may be another model by now
             logger.info("The embedding model is loaded anew in %.1f s", pause)

@@ -4,11 +4,11 @@ Unit of capacity: bytes. An entry costs its rows, rounded up to whole pages (`EN
 row, exactly as the store in `tensors.py` lays it out, so the store never has to refuse what this ledger granted.
 
 An entry is *encoding* from the moment it is given room until its batch is done, and *complete* afterwards. It may be evicted
-when it is complete and no step in flight reads it: `reference` is taken for a scheduled step (one that is executed behind the
-batch may take it before that is done), `release` is called when that step has been executed, whatever has become of the request
-meanwhile. Nothing else holds an entry. Who will want which, and so
-what is better kept, changes with every chunk that is computed; the scheduler knows it, and says it anew whenever it asks for
-room (`keep`). Of the rest the least recently used goes first.
+when it is complete and no step in flight reads it: `reference` is taken for a scheduled step (also before the batch is done, by
+one that is executed behind it), `release` is called when that step has been executed, whatever has become of the request
+meanwhile. Nothing else holds an entry. Who will want which, and so what is better kept, changes with every chunk that is
+computed; the scheduler knows it, and says it anew whenever it asks for room (`keep`). Of the rest the least recently used goes
+first.
 
 What it does not do: it holds no embeddings, and it never waits. The workers learn of evictions from `take_freed`.
 """

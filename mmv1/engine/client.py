@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import shutil
 from collections.abc import Callable
@@ -47,6 +48,7 @@ class EngineClient:
         self._tasks: list[asyncio.Task[None]] = []
         self._ready: asyncio.Future[EngineReady] | None = None
         self._pings: dict[int, asyncio.Future[Pong]] = {}
+        self._last_words = asyncio.Event()  # the engine has said that it ends, and why
         self._profile_calls: dict[int, asyncio.Future[ProfileAnswer]] = {}
         self._call_ids = itertools.count(1)
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
@@ -164,19 +166,23 @@ class EngineClient:
         self._on_outputs(outputs)
 
     def _settle_ready(self, ready: EngineReady) -> None:
+        if ready.error is not None:
+            self._last_words.set()
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(ready)
 
     async def _watch(self, process: EngineProcess) -> None:
         status = await process.wait()
         # What it said last may still be on its way, and says more than its status. Ended by itself it has said why.
-        await asyncio.sleep(_LAST_WORDS_S if status > 0 else 0.2)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._last_words.wait(), _LAST_WORDS_S if status > 0 else 0.2)
         self._die(f"the engine's process ended with status {status}")
 
     def _die(self, reason: str) -> None:
         if self.death is not None:
             return
         self.death = reason
+        self._last_words.set()
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(EngineDeadError(reason))
             return

@@ -44,8 +44,8 @@ _ENCODER_CACHE_SHARE = 8  # the encoder cache gets this part of the KV cache's m
 _MAX_ENCODER_CACHE_BYTES = 4 << 30  # and at most this
 _STOP_TIMEOUT_S = 3.0
 
-# A step may be launched behind a batch of pictures that is still being encoded, if it is so small: about 25 ms on an H100, which
-# whatever comes meanwhile waits at most.
+# A step may be launched behind pictures that are still being encoded, if they have so few tokens together: about 25 ms on an
+# H100, which whatever comes meanwhile waits at most.
 _MAX_FOLLOWED_TOKENS = 2048
 
 # A thread that wants to run asks the one that does to stop after as long. Launching a step takes about a millisecond: with

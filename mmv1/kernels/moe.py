@@ -23,7 +23,7 @@ _SORT_CHUNK = 2048  # assignments a program looks at at a time
 _SUM_BLOCK = 1024
 
 
-class ExpertsConfig(NamedTuple):
+class ExpertsTiles(NamedTuple):
     block_m: int  # rows of a block
     gate_n: int  # outputs of gate, and as many of up, in a program; at least 32: see `flash_tile.padded_head_dim`
     down_n: int  # outputs of down in a program
@@ -33,16 +33,16 @@ class ExpertsConfig(NamedTuple):
     num_stages: int  # of the pipeline of loads
 
 
-def experts_config(num_tokens: int, dtype: torch.dtype) -> ExpertsConfig:
+def experts_tiles(num_tokens: int, dtype: torch.dtype) -> ExpertsTiles:
     """By the number of tokens alone, so that recorded steps and one of the whole budget meet every tile before requests come.
     Reckoned for an H100, not yet measured on one (benchmarks/moe.py)."""
     if dtype == torch.float32:
-        return ExpertsConfig(16, 32, 32, 32, 1, 4, 2)
+        return ExpertsTiles(16, 32, 32, 32, 1, 4, 2)
     if num_tokens <= 64:
-        return ExpertsConfig(16, 32, 64, 128, 1, 4, 5)
+        return ExpertsTiles(16, 32, 64, 128, 1, 4, 5)
     if num_tokens <= 512:
-        return ExpertsConfig(64, 64, 128, 64, 4, 4, 4)
-    return ExpertsConfig(128, 128, 256, 64, 8, 8, 3)
+        return ExpertsTiles(64, 64, 128, 64, 4, 4, 4)
+    return ExpertsTiles(128, 128, 256, 64, 8, 8, 3)
 
 
 def route(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +89,7 @@ def experts(
 ) -> torch.Tensor:
     """As `plain.experts`, without waiting for the device, and rounded less often: what down gives is weighted before it is
     rounded, and added up in float32."""
-    return tiled_experts(x, gate_up, down, expert_weights, expert_ids, experts_config(x.shape[0], x.dtype))
+    return tiled_experts(x, gate_up, down, expert_weights, expert_ids, experts_tiles(x.shape[0], x.dtype))
 
 
 def tiled_experts(
@@ -98,7 +98,7 @@ def tiled_experts(
     down: torch.Tensor,
     expert_weights: torch.Tensor,
     expert_ids: torch.Tensor,
-    config: ExpertsConfig,
+    config: ExpertsTiles,
 ) -> torch.Tensor:
     """`experts` in tiles of one's choice."""
     check_rows(x, gate_up, down)
@@ -127,7 +127,7 @@ def tiled_experts(
     return out
 
 
-def _sort_by_expert(expert_ids: torch.Tensor, num_experts: int, config: ExpertsConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _sort_by_expert(expert_ids: torch.Tensor, num_experts: int, config: ExpertsTiles) -> tuple[torch.Tensor, torch.Tensor]:
     """Every choice of an expert by a token (its number: token * k + which of its choices) in blocks of one expert each.
 
     Returns of as many blocks as there can be the expert, int32 [blocks], -1 where there is no such block, and the rows, int32

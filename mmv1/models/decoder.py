@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmv1.config import positive_number, section, whole_number
+from mmv1.config import positive_number, section, whole_number, whole_numbers
 from mmv1.errors import ConfigError
 from mmv1.models.interface import StepAttention
 from mmv1.models.layers.attention import SelfAttention
@@ -72,6 +72,14 @@ def rope_settings(text: Mapping[str, Any], *, types: tuple[str, ...], theta: flo
         known = " and ".join(f"'{name}'" for name in types)
         raise ConfigError(f"rope type '{rope_type}' is not supported for this model, only {known}")
     return rope_type, positive_number(rope, "rope_theta", positive_number(text, "rope_theta", theta)), rope
+
+
+def mrope_sections(rope: Mapping[str, Any], default: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
+    """How many frequencies time, height and width have. Raises ConfigError."""
+    sections = whole_numbers(rope, "mrope_section", default)
+    if len(sections) != 3 or 2 * sum(sections) != head_dim:
+        raise ConfigError(f"mrope_section {list(sections)} of config.json does not add up to half of head_dim {head_dim}")
+    return sections
 
 
 class DecoderLayer(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +19,8 @@ from mmv1.models.layers.mlp import PlainMLP
 from mmv1.models.layers.norm import LayerNorm
 from mmv1.models.layers.rotary import AxialRotaryEmbedding
 from mmv1.models.layers.vision import (
-    GRIDS_KEPT,
     MOST_PICTURES,
+    GridCache,
     PatchEmbed,
     PatchMerger,
     VisionBlock,
@@ -81,7 +80,7 @@ class FullAttentionTower(nn.Module):
         self.merger = PatchMerger(config, LayerNorm)
         self._levels = {layer: place for place, layer in enumerate(levels)}
         self.deepstack_merger_list = nn.ModuleList(PatchMerger(config, LayerNorm, norms_merged=True) for _ in levels)
-        self._tables = lru_cache(maxsize=GRIDS_KEPT)(self._make_tables)
+        self._tables = GridCache(self._make_tables)
 
     def lay_out(
         self, grids: Sequence[GridTHW], attention: VarlenAttention, num_patches: int | None

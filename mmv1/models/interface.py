@@ -82,6 +82,7 @@ class Model(Protocol):
     embedding_width: int  # numbers in one picture token's embedding; a multiple of the hidden size
     patch_bytes: int  # of one patch as the pixel slab holds it; 0 for a model without pictures
     spatial_merge_size: int  # patches per picture token, along one side
+    has_experts: bool  # which plain torch computes by waiting for the device
 
     def prompt_positions(self, prompt_len: int, images: Sequence[ImageSpan]) -> np.ndarray:
         """Positions of a prompt's tokens, int32 [num_position_axes, prompt_len]. A later token's position follows its

@@ -19,6 +19,9 @@ from mmv1.models.layers.embedding import LMHead
 from mmv1.models.layers.rotary import RotaryEmbedding
 from mmv1.models.layers.vision import VisionConfig
 
+# Where checkpoints keep a part: the layout on the hub, then that of transformers 5's own modules.
+_PREFIXES = {"visual.": "model.visual.", "model.": "model.language_model."}
+
 
 class Tower(Protocol):
     config: VisionConfig
@@ -36,6 +39,14 @@ class Tower(Protocol):
 def is_tied(*configs: Mapping[str, Any]) -> bool:
     """Either place may say it: transformers 4 wrote it into text_config, 5 writes it outside and reads both."""
     return any(config.get("tie_word_embeddings") for config in configs)
+
+
+def names_with_tower(name: str) -> tuple[str, ...]:
+    """A name as the hub's checkpoints have it, then as transformers 5's modules do."""
+    for prefix, other in _PREFIXES.items():
+        if name.startswith(prefix):
+            return name, other + name.removeprefix(prefix)
+    return (name,)
 
 
 class LanguageModel(nn.Module):
@@ -64,6 +75,7 @@ class LanguageModel(nn.Module):
         self.embedding_width = config.hidden_size if visual is None else visual.embedding_width
         self.patch_bytes = 0 if visual is None else visual.config.patch_numbers
         self.spatial_merge_size = 1 if visual is None else visual.config.spatial_merge_size
+        self.has_experts = config.experts is not None
         self.attention_layers = [
             AttentionLayerSpec(f"model.layers.{index}.self_attn", config.num_heads, config.num_kv_heads, config.head_dim)
             for index in range(config.num_layers)

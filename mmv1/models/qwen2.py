@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmv1.config import whole_numbers
-from mmv1.errors import ConfigError
-from mmv1.models.decoder import DecoderConfig, rope_settings
+from mmv1.models.decoder import DecoderConfig, mrope_sections, rope_settings
 from mmv1.models.language_model import LanguageModel, is_tied
 from mmv1.models.layers.rotary import RotaryEmbedding, inverse_frequencies, sectioned_axes
 
@@ -28,11 +26,3 @@ def decoder_with_mrope(text: Mapping[str, Any]) -> tuple[DecoderConfig, RotaryEm
     _, theta, rope = rope_settings(text, types=("default", "mrope"), theta=1_000_000.0)
     sections = mrope_sections(rope, (16, 24, 24), config.head_dim)
     return config, RotaryEmbedding(inverse_frequencies(config.head_dim, theta), sectioned_axes(sections))
-
-
-def mrope_sections(rope: Mapping[str, Any], default: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
-    """How many frequencies time, height and width have. Raises ConfigError."""
-    sections = whole_numbers(rope, "mrope_section", default)
-    if len(sections) != 3 or 2 * sum(sections) != head_dim:
-        raise ConfigError(f"mrope_section {list(sections)} of config.json does not add up to half of head_dim {head_dim}")
-    return sections

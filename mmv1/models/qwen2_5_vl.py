@@ -7,7 +7,6 @@ Patches are put in window order once, before the first layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +22,8 @@ from mmv1.models.layers.mlp import GatedMLP
 from mmv1.models.layers.norm import RMSNorm
 from mmv1.models.layers.rotary import AxialRotaryEmbedding
 from mmv1.models.layers.vision import (
-    GRIDS_KEPT,
     MOST_PICTURES,
+    GridCache,
     PatchEmbed,
     PatchMerger,
     VisionBlock,
@@ -32,14 +31,14 @@ from mmv1.models.layers.vision import (
     patch_coordinates,
     upload,
 )
-from mmv1.models.qwen2_vl import checkpoint_names, join
+from mmv1.models.qwen2_vl import join
 
 _PATCHES_PER_WINDOW = 32  # room in a padded layout: windows at a picture's borders are not full, so there are more
 
 
 def build(hf_config: Mapping[str, Any], model_dir: Path) -> LanguageModel:
     """Raises ConfigError."""
-    return join(hf_config, model_dir, VisionTower.from_hf, checkpoint_names)
+    return join(hf_config, model_dir, VisionTower.from_hf)
 
 
 class GridTables(NamedTuple):
@@ -79,7 +78,7 @@ class VisionTower(nn.Module):
             for _ in range(config.depth)
         )
         self.merger = PatchMerger(config, RMSNorm)
-        self._tables = lru_cache(maxsize=GRIDS_KEPT)(self._make_tables)
+        self._tables = GridCache(self._make_tables)
 
     @classmethod
     def from_hf(cls, vision: Mapping[str, Any], scale: Normalization) -> VisionTower:

@@ -1,5 +1,4 @@
-"""Qwen2-VL (Wang et al., 2024), and what the vision-language families after it have in common with it: M-RoPE, the checkpoint's
-names, the way the two parts are joined."""
+"""Qwen2-VL (Wang et al., 2024): the Qwen2 language model with M-RoPE behind a tower, which Qwen2.5-VL has in common with it."""
 
 from __future__ import annotations
 
@@ -14,48 +13,35 @@ from mmv1.errors import ConfigError
 from mmv1.kernels import ops_for
 from mmv1.models import qwen2
 from mmv1.models.full_attention_tower import FullAttentionTower
-from mmv1.models.language_model import LanguageModel, Tower, is_tied
+from mmv1.models.language_model import LanguageModel, Tower, is_tied, names_with_tower
 from mmv1.models.layers.vision import VisionConfig
 
-# Where checkpoints keep a part: the layout on the hub, then that of transformers 5's own modules.
-_PREFIXES = {"visual.": "model.visual.", "model.": "model.language_model."}
 _TOWER_NAMES = {".merger.norm.": ".merger.ln_q.", ".merger.fc1.": ".merger.mlp.0.", ".merger.fc2.": ".merger.mlp.2."}
 
 
 def build(hf_config: Mapping[str, Any], model_dir: Path) -> LanguageModel:
     """Raises ConfigError."""
-    return join(hf_config, model_dir, _tower, checkpoint_names)
+    return join(hf_config, model_dir, _tower)
 
 
 def join(
-    hf_config: Mapping[str, Any],
-    model_dir: Path,
-    make_tower: Callable[[Mapping[str, Any], Normalization], Tower],
-    names: Callable[[str], tuple[str, ...]],
+    hf_config: Mapping[str, Any], model_dir: Path, make_tower: Callable[[Mapping[str, Any], Normalization], Tower]
 ) -> LanguageModel:
-    """The Qwen2 language model with M-RoPE behind a tower. Raises ConfigError."""
+    """`make_tower`: of config.json's vision_config and what the image processor does to pixels. Raises ConfigError."""
     text = text_config(dict(hf_config))
     scale = image_normalization(read_image_processor_config(model_dir))
     return LanguageModel(
         *qwen2.decoder_with_mrope(text),
         visual=make_tower(section(hf_config, "vision_config"), scale),
         tie_word_embeddings=is_tied(hf_config, text),
-        checkpoint_names=names,
+        checkpoint_names=_checkpoint_names,
     )
 
 
-def checkpoint_names(name: str) -> tuple[str, ...]:
+def _checkpoint_names(name: str) -> tuple[str, ...]:
     for own, stored in _TOWER_NAMES.items():
         name = name.replace(own, stored)
-    return with_prefixes(name)
-
-
-def with_prefixes(name: str) -> tuple[str, ...]:
-    """A name as the hub's checkpoints have it, then as transformers 5's modules do."""
-    for prefix, other in _PREFIXES.items():
-        if name.startswith(prefix):
-            return name, other + name.removeprefix(prefix)
-    return (name,)
+    return names_with_tower(name)
 
 
 def _tower(vision: Mapping[str, Any], scale: Normalization) -> FullAttentionTower:

@@ -20,13 +20,11 @@ from mmv1.config import (
     whole_numbers,
 )
 from mmv1.errors import ConfigError
-from mmv1.models.decoder import DecoderConfig, rope_settings
+from mmv1.models.decoder import DecoderConfig, mrope_sections, rope_settings
 from mmv1.models.full_attention_tower import FullAttentionTower
-from mmv1.models.language_model import LanguageModel, is_tied
+from mmv1.models.language_model import LanguageModel, is_tied, names_with_tower
 from mmv1.models.layers.rotary import RotaryEmbedding, interleaved_axes, inverse_frequencies
 from mmv1.models.layers.vision import VisionConfig
-from mmv1.models.qwen2 import mrope_sections
-from mmv1.models.qwen2_vl import with_prefixes
 from mmv1.models.qwen3 import decoder_config
 
 
@@ -56,7 +54,7 @@ def checkpoint_names(name: str) -> tuple[str, ...]:
     """The hub's checkpoints have the names of transformers 5's modules."""
     if name.startswith("visual."):
         name = name.replace(".fc1.", ".linear_fc1.").replace(".fc2.", ".linear_fc2.")
-    return tuple(reversed(with_prefixes(name)))
+    return tuple(reversed(names_with_tower(name)))
 
 
 def _tower(vision: Mapping[str, Any], scale: Normalization) -> FullAttentionTower:

@@ -1,6 +1,6 @@
 """Encoded bytes to uint8 patches, or to the pixels of a CLIP model, in a pool process. The only torch file of this room.
 
-The patches, normalised, is bit-identical in bfloat16 to transformers' default (torchvision) Qwen2VLImageProcessor given the
+The patches, normalised, are bit-identical in bfloat16 to transformers' default (torchvision) Qwen2VLImageProcessor given the
 picture as its `load_image` opens it, apart from the two cases named in `media.to_rgb` (transparency, 16-bit grey) and
 orientation written only in XMP, or in a PNG's text, both of which browsers ignore too.
 

@@ -20,7 +20,7 @@ from mmv1.preprocess.image_loader import ImageLoader, off_loop
 from mmv1.preprocess.media import DECODE_POLICY, EncodedImage, ImageLimits
 from mmv1.preprocess.pixels import PixelService, SendFeature
 from mmv1.preprocess.pool import PreprocessPool
-from mmv1.preprocess.slab import SlabLedger, SlabStore, aligned, default_slab_bytes
+from mmv1.preprocess.slab import ALIGNMENT, SlabLedger, SlabStore, aligned, default_slab_bytes
 from mmv1.preprocess.store import SharedStore
 from mmv1.preprocess.timings import StageTimings
 
@@ -58,11 +58,11 @@ class PreprocessStats:
 class Pictures:
     """`start` before anything else, `close` at the end. `loader` has them from wherever they are, `pixels` processes them.
 
-    `largest_bytes`, `ordinary_bytes`: of processed pictures, to size the slab by; 0 where there will never be one, and then no
-    process is started. `send` carries FeatureReady, FeatureFailed and SlabShort to the core, if there is one. `on_failure` is
-    called, once and with a sentence, when pixels can no longer be made at all (it may come from another thread). mm_hash is keyed
-    with the cache secret; without one, servers of a shared store share a known key, and any other server draws a random one.
-    Raises ConfigError for a slab that cannot hold two pictures.
+    `largest_bytes`, `ordinary_bytes`: of processed pictures, to size the slab by; 0 where there will never be one, and then there
+    is no slab to speak of, and no process is started. `send` carries FeatureReady, FeatureFailed and SlabShort to the core, if
+    there is one. `on_failure` is called, once and with a sentence, when pixels can no longer be made at all (it may come from
+    another thread). mm_hash is keyed with the cache secret; without one, servers of a shared store share a known key, and any
+    other server draws a random one. Raises ConfigError for a slab that cannot hold two pictures.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Pictures:
         )
         local_root = None if config.allowed_local_media_path is None else Path(config.allowed_local_media_path)
         self.loader = ImageLoader(limits=limits, fetcher=self._fetcher, local_root=local_root)
-        slab_bytes = config.slab_bytes
+        slab_bytes = config.slab_bytes if largest_bytes else ALIGNMENT
         if slab_bytes is None:
             slab_bytes = default_slab_bytes(largest_bytes, ordinary_bytes)
         check_slab(slab_bytes, largest_bytes)

@@ -27,7 +27,6 @@ from mmv1.preprocess.timings import StageTimings
 from mmv1.types import MMFeature, PixelRequest
 
 _TEXT_COST = 64  # a character is worth at least so many bytes of a picture: tokenizing is that much slower than hashing
-_TOOL_CHARACTERS = 1024  # of what a template shows of one tool, about
 
 
 class PreparedPrompt(NamedTuple):
@@ -128,7 +127,7 @@ class Preprocessor:
             raise RequestError("messages must not be empty", param="messages")
         pictures = image_parts(messages)
         self._check_number(len(pictures))
-        size = sum(_text_size(message) for message in messages) + _TOOL_CHARACTERS * len(tools)
+        size = sum(_text_size(message) for message in messages) + _json_size([*tools, template_settings])
         token_ids = await off_loop(_TEXT_COST * size, self._prompts.render_chat, messages, tools, template_settings)
         return await self._prepare(request_id, token_ids, pictures, image_settings, max_prompt_tokens, tenant_scope)
 
@@ -237,6 +236,23 @@ class Preprocessor:
 
 
 def _text_size(message: Message) -> int:
+    """Characters that the template is given of a message."""
+    size = _json_size(message.tool_calls)
     if isinstance(message.content, str):
-        return len(message.content)
-    return sum(len(getattr(part, "text", "")) for part in message.content)
+        return size + len(message.content)
+    return size + sum(len(getattr(part, "text", "")) for part in message.content)
+
+
+def _json_size(value: Any) -> int:
+    """Characters of JSON's texts and names; anything else counts as a few. Without recursion: its depth is the client's."""
+    size, unseen = 0, [value]
+    while unseen:
+        one = unseen.pop()
+        if isinstance(one, str):
+            size += len(one)
+        elif isinstance(one, Mapping):
+            unseen += [*one.keys(), *one.values()]
+        elif isinstance(one, (list, tuple)):
+            unseen += one
+        size += 4
+    return size

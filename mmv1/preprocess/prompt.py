@@ -125,7 +125,7 @@ class PromptRenderer:
             text = self._template.render(messages=turns, tools=shown, documents=None, **variables)
         except jinja2.TemplateError as error:
             raise RequestError(f"the model's chat template refuses these messages: {error.message}", param="messages") from None
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError):
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError):
             raise RequestError("the model's chat template cannot render these messages", param="messages") from None
         return self._encode(text)
 

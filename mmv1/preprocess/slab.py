@@ -25,10 +25,9 @@ _NUM_ORDINARY_IMAGES = 300
 
 
 def default_slab_bytes(largest_image: int, ordinary_image: int) -> int:
-    """Room for the largest picture and 300 ordinary ones, within an eighth of the free memory, but for two largest at least, and
-    never nothing: a file without a byte cannot be mapped."""
+    """Room for the largest picture and 300 ordinary ones, within an eighth of the free memory, but for two largest at least."""
     wanted = aligned(largest_image) + _NUM_ORDINARY_IMAGES * aligned(ordinary_image)
-    return max(min(wanted, available_memory_bytes() // 8 // ALIGNMENT * ALIGNMENT), 2 * aligned(largest_image), ALIGNMENT)
+    return max(min(wanted, available_memory_bytes() // 8 // ALIGNMENT * ALIGNMENT), 2 * aligned(largest_image))
 
 
 def aligned(nbytes: int) -> int:

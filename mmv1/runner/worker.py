@@ -29,6 +29,7 @@ from mmv1.step import CachedRequestData, EncodeBatch, KVCacheSpec, NewRequestDat
 from mmv1.types import SamplingParams
 
 _MOST_CPU_KV_BYTES = 4 << 30
+_OTHER_TILES = (1, 64, 512)  # steps of so many tokens have kernels of their own (kernels/linear.py, kernels/moe.py)
 
 
 class Worker:
@@ -182,7 +183,8 @@ class Worker:
         return self.platform.is_cuda and not self._config.device.enforce_eager
 
     def _record_steps(self, runner: ModelRunner) -> None:
-        if self._uses_graphs:
+        waits_for_device = self.model.has_experts and not uses_fused(self.platform.device)  # which cannot be recorded
+        if self._uses_graphs and not waits_for_device:
             most = self._config.scheduler.max_num_batched_tokens
             runner.record([size for size in step_forward.GRAPH_SIZES if size <= most])
 
@@ -217,7 +219,7 @@ class Worker:
                 self._tower([(1, merge, self._config.scheduler.max_num_encoder_tokens * merge)], _blank)
 
     def _run_steps(self, runner: ModelRunner) -> None:
-        """A largest step, and a smallest, whose kernels are others: they are compiled here and not for the first request. All
+        """A largest step, and smaller ones, whose kernels are others: they are compiled here and not for the first request. All
         keys go to the null block."""
         scheduler = self._config.scheduler
         num_seqs = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
@@ -225,7 +227,8 @@ class Worker:
         most = self._config.model.max_model_len
         largest = [min(each + (i < rest), most) for i in range(num_seqs)]
         finished: list[str] = []
-        for step_id, lengths in enumerate((largest, [1])):
+        smaller = [[size] for size in _OTHER_TILES if size < min(most, scheduler.max_num_batched_tokens)]
+        for step_id, lengths in enumerate((largest, *smaller)):
             step = self._blank_step(step_id, lengths, finished)
             runner.execute(step).wait()
             finished = list(step.num_scheduled_tokens)

@@ -31,7 +31,8 @@ _BATCH_TOKENS = 5120
 
 class EncodeScheduler:
     """`max_num_tokens`: of a batch; a picture alone may have more. Without `keeps_embeddings` an embedding is dropped as soon as
-    nobody here needs it. `max_followed_tokens`: of a batch that a step may follow (see Scheduler.schedule)."""
+    nobody here needs it. `max_followed_tokens`: of all batches in flight together, where a step may follow them (see
+    Scheduler.schedule)."""
 
     def __init__(
         self,
@@ -49,7 +50,8 @@ class EncodeScheduler:
         self.max_num_tokens = max_num_tokens
         self._keeps_embeddings = keeps_embeddings
         self._max_followed_tokens = max_followed_tokens
-        self.followed: dict[bytes, int] = {}  # pictures of batches in flight that a step may follow -> batch_id
+        self.batch_of: dict[bytes, int] = {}  # pictures of batches in flight -> batch_id
+        self._num_tokens_in_flight = 0
         self._num_batches = 0
         self.num_in_flight = 0
         # Whether anything happened since `schedule` last had nothing to do that may give it something to do. Whoever changes
@@ -75,9 +77,14 @@ class EncodeScheduler:
             return None
         self._num_batches += 1
         self.num_in_flight += 1
-        if sum(item.num_tokens for item in inputs) <= self._max_followed_tokens:
-            self.followed |= {item.mm_hash: self._num_batches for item in inputs}
+        self.batch_of |= {item.mm_hash: self._num_batches for item in inputs}
+        self._num_tokens_in_flight += sum(item.num_tokens for item in inputs)
         return EncodeBatch(batch_id=self._num_batches, inputs=inputs, free_mm_hashes=self._cache.take_freed())
+
+    @property
+    def may_be_followed(self) -> bool:
+        """Batches run in order, so whoever follows one waits for those before it too."""
+        return 0 < self._num_tokens_in_flight <= self._max_followed_tokens
 
     def _look_ahead(self, requests: Iterable[Request]) -> dict[bytes, tuple[MMFeature, str]]:
         """The pictures that requests will come to, in the order of need, with the first request that does. Asks for the pixels
@@ -149,6 +156,7 @@ class EncodeScheduler:
         self.num_in_flight -= 1
         self.changed = True
         for item in batch.inputs:
-            self.followed.pop(item.mm_hash, None)
+            del self.batch_of[item.mm_hash]
+            self._num_tokens_in_flight -= item.num_tokens
             self._cache.complete(item.mm_hash)
             self._pixels.encoded(item.mm_hash)

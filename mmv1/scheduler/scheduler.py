@@ -177,15 +177,12 @@ class Scheduler:
         """The next step, or None when there is nothing to run now (what changes that is a message or a finished step).
 
         With nothing else to run, and no step in flight, it may be one that reads pictures of batches in flight, and is executed
-        behind them: it is then launched while they are encoded, instead of afterwards. Only such steps, and only behind batches
-        of at most `max_followed_tokens`, for whatever comes meanwhile has to wait for them too."""
+        behind them: it is then launched while they are encoded, instead of afterwards. Only behind batches of at most
+        `max_followed_tokens` together, for whatever comes meanwhile has to wait for them too."""
         step = self._schedule(self.encoder_cache.is_complete)
-        if step is None and self.encoding.followed and not self._in_flight:
-            step = self._schedule(self._can_be_read_behind)
+        if step is None and self.encoding.may_be_followed and not self._in_flight:
+            step = self._schedule(self.encoder_cache.__contains__)  # what is not complete is being encoded
         return step
-
-    def _can_be_read_behind(self, mm_hash: bytes) -> bool:
-        return mm_hash in self.encoding.followed or self.encoder_cache.is_complete(mm_hash)
 
     def _schedule(self, is_there: Callable[[bytes], bool]) -> SchedulerOutput | None:
         """`is_there`: may a picture's embedding be read?"""
@@ -209,7 +206,7 @@ class Scheduler:
         self._in_flight[step.step_id] = pictures
         step.total_num_scheduled_tokens = self.max_num_batched_tokens - budget
         step.finished_request_ids, self._finished_ids = self._finished_ids, []
-        step.after_batch = max((self.encoding.followed.get(mm_hash, 0) for mm_hash in pictures), default=0)
+        step.after_batch = max((self.encoding.batch_of.get(mm_hash, 0) for mm_hash in pictures), default=0)
         return step
 
     def _schedule_running(

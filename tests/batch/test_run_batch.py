@@ -120,6 +120,14 @@ def test_a_line_that_is_no_request_stops_nothing(folder: Folder, stub: StubServe
     assert folder.output.read_bytes() == before and stub.asked.total() == 2
 
 
+def test_embeddings_need_a_server(tmp_path: Path, stub: StubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    here = Folder(tmp_path, None)
+    write(here.input, [request("a", "x"), request("b", "x", url="/v1/embeddings", body={"model": MODEL, "input": "x"})])
+    assert here.run() == 2
+    assert "b is a request to /v1/embeddings: name a server that answers it with --url" in capsys.readouterr().err
+    assert here.answers == []  # nothing that a run on a server would pass over
+
+
 def test_a_byte_order_mark_is_no_fault(folder: Folder, stub: StubServer) -> None:
     write(folder.input, [request("a", "x")])
     folder.input.write_bytes(b"\xef\xbb\xbf" + folder.input.read_bytes())

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
+import msgspec
 import pytest
 
 from mmv1.config import EngineArgs, resolve_preprocess
@@ -266,6 +267,56 @@ def test_a_process_that_ends_fails_who_waits_and_is_replaced(harness: Harness) -
         assert embedder.stats().num_process_deaths == deaths + 1
         await embedder.embed([picture(21)])
         assert harness.process.num_pictures == 1  # what another process made of it is forgotten
+
+    harness.run(run)
+
+
+def test_another_model_does_not_read_the_pixels_that_were_made_for_this_one(harness: Harness) -> None:
+    async def run() -> None:
+        embedder = harness.embedder
+        ready, hold = embedder.ready, embedder.pictures.pixels.hold
+        assert ready is not None
+
+        async def hold_meanwhile(mm_hash: bytes) -> tuple[int, int]:
+            place = await hold(mm_hash)
+            embedder.ready = msgspec.structs.replace(ready, rules=CropRules(height=64, width=64))
+            return place
+
+        embedder.pictures.pixels.hold = hold_meanwhile  # type: ignore[method-assign]
+        try:
+            with pytest.raises(EmbedderDeadError, match="has changed"):
+                await embedder.embed([picture(40)])
+        finally:
+            embedder.ready, embedder.pictures.pixels.hold = ready, hold  # type: ignore[method-assign]
+        await embedder.embed([picture(40)])
+
+    harness.run(run)
+
+
+def test_whatever_keeps_a_process_from_starting_is_said_or_tried_again(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder = harness.beside()
+
+    async def fail(self: FakeProcess) -> None:
+        raise RuntimeError("no more sockets")
+
+    async def run() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeProcess, "start", fail)
+            await embedder.start()
+            with pytest.raises(RuntimeError, match="no more sockets"):
+                await embedder.wait_ready()
+        await embedder.close()
+        other = harness.beside()
+        await other.start()
+        await other.wait_ready()
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeProcess, "start", fail)
+            FakeProcess.started[-1].ended.set()
+            await until(lambda: other.stats().num_process_deaths >= 2)
+        await until(lambda: other._process is not None)
+        await other.close()
 
     harness.run(run)
 

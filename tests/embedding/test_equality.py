@@ -124,7 +124,8 @@ def test_a_text_that_is_too_long_is_refused_or_cut(running: Running) -> None:
     fits, too_long = "cat " * 75, "cat " * 76
     (full,) = running.embed(TextInput(fits))
     assert full.num_tokens == 77
-    for text, words in ((too_long, "more than the 77 tokens"), ("x" * 5000, "5000 characters")):
+    refused = {too_long: "more than the 77 tokens", "x " * 2500: "5000 characters", "\u00e9" * 513: "more than 512 letters"}
+    for text, words in refused.items():
         with pytest.raises(RequestError, match=rf"input\[1\]: .*{words}") as caught:
             running.embed(TextInput("a"), TextInput(text, "input[1]"))
         assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input[1]")

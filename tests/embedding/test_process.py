@@ -23,7 +23,7 @@ from mmv1.embedding.messages import (
     EmbedText,
     NotEmbedded,
 )
-from mmv1.errors import ConfigError, ContextLengthError, EmbedderDeadError, ImageError
+from mmv1.errors import ConfigError, ContextLengthError, EmbedderDeadError, ImageError, RequestError
 from mmv1.wire import AsyncReceiver, AsyncSender, Receiver, Sender, ipc_address, new_runtime_dir
 
 
@@ -134,7 +134,7 @@ def test_no_more_jobs_are_in_the_process_than_have_a_place(monkeypatch: pytest.M
         await stub.answers.send(Embedded(0, b"0"))
         assert await stub.next_jobs(1) == [2]
         await stub.answers.send(NotEmbedded(1, "too long", "context_length_exceeded"))
-        with pytest.raises(ContextLengthError, match="too long"):
+        with pytest.raises(RequestError, match="too long"):
             await works[1]
         await stub.answers.send(Embedded(2, b"2", 7))
         assert await works[2] == Embedded(2, b"2", 7)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mmv1.kernels import plain
-from mmv1.kernels.moe import ExpertsConfig, _sort_by_expert, experts_config, route, tiled_experts
+from mmv1.kernels.moe import ExpertsTiles, _sort_by_expert, experts_tiles, route, tiled_experts
 from tests.kernels import contract
 from tests.kernels.test_compile import SHARED_MEMORY_BYTES
 
 DEVICE, DTYPE, TOLERANCE = ("cuda", torch.bfloat16, 1e-2) if torch.cuda.is_available() else ("cpu", torch.float32, 1e-5)
-SMALL, GROUPED = ExpertsConfig(16, 32, 32, 16, 1, 4, 2), ExpertsConfig(16, 64, 64, 32, 4, 4, 3)
+SMALL, GROUPED = ExpertsTiles(16, 32, 32, 16, 1, 4, 2), ExpertsTiles(16, 64, 64, 32, 4, 4, 3)
 HIDDEN, WIDTH, EXPERTS, TOP_K = 42, 36, 6, 3
 
 
@@ -26,23 +26,23 @@ class Mixture:
         ids = [torch.randperm(EXPERTS - 1)[:TOP_K] for _ in range(tokens)]
         self.ids = torch.stack(ids).to(DEVICE, torch.int32)
 
-    def fused(self, config: ExpertsConfig, tokens: slice | list[int] = slice(None)) -> torch.Tensor:
+    def fused(self, config: ExpertsTiles, tokens: slice | list[int] = slice(None)) -> torch.Tensor:
         with contract.poisoned_outputs():
             return tiled_experts(self.x[tokens], self.gate_up, self.down, self.weights[tokens], self.ids[tokens], config)
 
 
 @pytest.mark.parametrize(
     ("config", "tokens"),
-    [(SMALL, 1), (SMALL, 16), (SMALL, 17), (GROUPED, 3), (GROUPED, 33), (ExpertsConfig(64, 32, 128, 64, 2, 4, 3), 65)],
+    [(SMALL, 1), (SMALL, 16), (SMALL, 17), (GROUPED, 3), (GROUPED, 33), (ExpertsTiles(64, 32, 128, 64, 2, 4, 3), 65)],
 )
-def test_every_tile_gives_the_products(config: ExpertsConfig, tokens: int) -> None:
+def test_every_tile_gives_the_products(config: ExpertsTiles, tokens: int) -> None:
     m = Mixture(tokens)
     expected = plain.experts(m.x.float(), m.gate_up.float(), m.down.float(), m.weights.float(), m.ids)
     torch.testing.assert_close(m.fused(config).float(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("config", [SMALL, GROUPED])
-def test_a_token_does_not_depend_on_its_neighbours(config: ExpertsConfig) -> None:
+def test_a_token_does_not_depend_on_its_neighbours(config: ExpertsTiles) -> None:
     """To the bit: alone, among few, among many who need sorting, in another order."""
     m = Mixture(24)
     together = m.fused(config)
@@ -96,7 +96,7 @@ def test_there_are_experts_whatever_the_logits() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 512, 513, 100_000])
 def test_a_tile_for_every_number_of_tokens(tokens: int, dtype: torch.dtype) -> None:
-    config = experts_config(tokens, dtype)
+    config = experts_tiles(tokens, dtype)
     widest = max(2 * config.gate_n, config.down_n)
     assert config.num_stages * (config.block_m + widest) * config.block_k * dtype.itemsize <= SHARED_MEMORY_BYTES
     assert min(config.gate_n, config.down_n) >= 32

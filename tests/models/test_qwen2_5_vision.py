@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
 
 from mmv1.models.interface import GridTHW
 from mmv1.models.language_model import LanguageModel
+from mmv1.models.layers.vision import GridCache
 from mmv1.runner.attention.sdpa import SDPABackend
 from tests.oracle import HFOracle
 from tests.runner.driver import Picture, make_picture
@@ -57,9 +60,24 @@ def test_pixels_equal_the_image_processors(tiny_model: LanguageModel, hf_oracle:
     assert torch.equal(both_frames, expected)
 
 
-def test_tables_of_a_grid_are_made_once(tiny_model: LanguageModel) -> None:
-    before = tiny_model.visual._tables.cache_info()
+def test_tables_of_a_grid_are_made_once(tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = tiny_model.visual._tables
+    made: list[tuple[int, int]] = []
+    make = tables._make
+    monkeypatch.setattr(tables, "_make", lambda height, width: made.append((height, width)) or make(height, width))
+    monkeypatch.setattr(tables, "_kept", OrderedDict())
     for seed in range(3):
         encode(tiny_model, [make_picture(7, 11, seed)])
-    after = tiny_model.visual._tables.cache_info()
-    assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
+    assert made == [(14, 22)]
+
+
+def test_tables_of_grids_have_a_bound_together() -> None:
+    kept: GridCache[tuple[int, int]] = GridCache(lambda height, width: (height, width))
+    side = 1 << 9  # half of what is kept
+    for height in (side, side + 1, side + 2):
+        assert kept(height, side) == (height, side)
+    assert list(kept._kept) == [(side + 2, side)] and kept._num_patches == side * (side + 2)
+    huge = 1 << 12
+    assert kept(huge, huge) == (huge, huge) and list(kept._kept) == [(huge, huge)]  # the newest always
+    kept(1, 1)
+    assert list(kept._kept) == [(1, 1)] and kept._num_patches == 1

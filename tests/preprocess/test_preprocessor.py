@@ -473,6 +473,24 @@ def test_long_texts_leave_the_event_loop(harness, monkeypatch, way):
     assert threads == [True, True, False]
 
 
+@pytest.mark.parametrize("where", ["tools", "template_settings", "tool_calls"])
+def test_what_else_a_template_is_given_leaves_the_event_loop_too(harness, monkeypatch, where):
+    loop_thread, threads = threading.get_ident(), []
+
+    def render(*_):
+        threads.append(threading.get_ident() == loop_thread)
+        return [5]
+
+    monkeypatch.setattr(harness.pre._prompts, "render_chat", render)
+    for number, text in enumerate(("short", "long " * 5_000)):
+        value = {"a": [{text: None}, text]}
+        calls = [value] if where == "tool_calls" else ()
+        given = {"tools": {"tools": [value]}, "template_settings": {"template_settings": value}}.get(where, {})
+        messages = [Message("user", "hi"), Message("assistant", "", tool_calls=calls)]
+        harness.run(harness.pre.prepare_chat(f"{where}{number}", messages, **given))
+    assert threads == [True, False]
+
+
 def test_a_full_slab_makes_pictures_wait_their_turn(tiny_model_dir):
     harness = Harness(tiny_model_dir, slab_bytes=1 << 20)
     try:

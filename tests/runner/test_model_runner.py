@@ -196,12 +196,19 @@ def test_a_step_behind_a_batch_begins_when_that_has_been_launched(
     assert waits.is_set()
 
 
-def test_batches_that_ended_long_ago_are_followed_at_once(make_driver: MakeDriver) -> None:
+def test_the_device_waits_for_the_batch_that_is_followed_and_no_later_one(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = make_driver().worker._runner.encoder
+    marks = iter(range(100, 200))
+    waited: list[int] = []
+    monkeypatch.setattr(encoder._platform, "mark", lambda: next(marks))
+    monkeypatch.setattr(encoder._platform, "wait_for", waited.append)
     for batch_id in range(1, 20):
         encoder.encode(EncodeBatch(batch_id, [], []))
-    for batch_id in (0, 1, 19):
+    for batch_id in (0, 18, 19, 1):
         encoder.follow(batch_id)
+    assert waited == [117, 118, 111]  # the first is nobody's; the last has ended long ago: any later one says as much
 
 
 def test_rows_are_used_again_when_requests_come_and_go(make_driver: MakeDriver, prompts: list[Prompt]) -> None:

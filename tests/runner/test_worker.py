@@ -72,11 +72,11 @@ def test_a_device_is_measured_with_the_whole_budget(tiny_model_dir: Path, monkey
     forward = runner._forward
     monkeypatch.setattr(runner, "_forward", lambda inputs: sizes.append(inputs.num_tokens) or forward(inputs))
     worker._run_steps(runner)
-    assert sizes == [100, 1]
+    assert sizes == [100, 1, 64]
     encode = worker.model.encode_images
     monkeypatch.setattr(worker.model, "encode_images", lambda patches, *a: sizes.append(len(patches)) or encode(patches, *a))
     worker._encode_largest()
-    assert sizes[2:] == [worker._config.scheduler.max_num_encoder_tokens * 4]
+    assert sizes[3:] == [worker._config.scheduler.max_num_encoder_tokens * 4]
 
 
 def test_nothing_is_recorded_before_the_tables_are_filled(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +89,20 @@ def test_nothing_is_recorded_before_the_tables_are_filled(tiny_model_dir: Path, 
     monkeypatch.setattr(ModelRunner, "record", lambda *_: order.append("record"))
     worker.initialize_caches(2, 0)
     assert order == ["tables", "synchronize", "record", "synchronize"]
+
+
+def test_experts_in_plain_torch_are_not_recorded(
+    tiny_model_dirs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for the device to say who chose whom."""
+    recorded: list[str] = []
+    for family in ("qwen3_moe", "qwen3"):
+        worker = make_worker(tiny_model_dirs(family), load_format="dummy")
+        monkeypatch.setattr(Worker, "_uses_graphs", True)
+        monkeypatch.setattr(ModelRunner, "record", lambda *_, family=family: recorded.append(family))
+        worker.initialize_caches(2, 0)
+        monkeypatch.undo()
+    assert recorded == ["qwen3"]
 
 
 @pytest.fixture

@@ -83,6 +83,23 @@ def test_not_behind_a_step_in_flight() -> None:
     finish(harness, request)
 
 
+def test_not_behind_a_small_batch_that_stands_behind_another() -> None:
+    harness, request = behind_its_text(CAT, max_followed_tokens=SIZE)
+    other = with_pictures("s", DOG, text=2)
+    harness.add(other)
+    assert harness.launch() is not None and harness.settle()
+    encoding(harness, DOG)
+    assert harness.launch() is None  # 2 * SIZE tokens are before it
+    assert harness.settle_encode()
+    step = harness.launch()
+    assert step is not None and step.after_batch == 0  # what is complete goes first,
+    assert harness.settle()
+    while (step := harness.launch()) is not None and not step.after_batch:
+        assert harness.settle()
+    assert step is not None and step.after_batch == 2  # and then what only DOG's batch is before
+    finish(harness, request, other)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("most", [0, ALL - 1])
 def test_not_behind_a_large_batch(most: int) -> None:
     harness, request = behind_its_text(CAT, DOG, max_followed_tokens=most)

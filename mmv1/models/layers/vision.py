@@ -6,9 +6,10 @@ is made once and kept on the device. Grids are Python ints on the host: nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -25,10 +26,11 @@ from mmv1.models.layers.rotary import Rope
 from mmv1.models.weights import Piece
 
 NORM_EPS = 1e-6
-GRIDS_KEPT = 256  # tables of at most a few hundred KiB each
+_PATCHES_KEPT = 1 << 19  # in tables of grids: 32 MiB at 64 bytes a patch, the most that a tower keeps
 MOST_PICTURES = 32  # in a padded layout
 
 Norm = RMSNorm | LayerNorm
+Tables = TypeVar("Tables")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,27 @@ def patch_coordinates(height: int, width: int, merge: int, order: np.ndarray | N
     inside = np.indices((merge, merge)).reshape(2, -1).T
     corners = (units if order is None else units[order]) * merge
     return (corners[:, None] + inside).reshape(-1, 2)
+
+
+class GridCache(Generic[Tables]):
+    """What `make` makes of a picture's grid of (height, width) patches, kept for those that were asked for last."""
+
+    def __init__(self, make: Callable[[int, int], Tables]) -> None:
+        self._make = make
+        self._kept: OrderedDict[tuple[int, int], Tables] = OrderedDict()
+        self._num_patches = 0
+
+    def __call__(self, height: int, width: int) -> Tables:
+        grid = height, width
+        if grid in self._kept:
+            self._kept.move_to_end(grid)
+            return self._kept[grid]
+        tables = self._kept[grid] = self._make(height, width)
+        self._num_patches += height * width
+        while self._num_patches > _PATCHES_KEPT and len(self._kept) > 1:
+            (old_height, old_width), _ = self._kept.popitem(last=False)
+            self._num_patches -= old_height * old_width
+        return tables
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
