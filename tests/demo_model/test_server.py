@@ -73,10 +73,13 @@ def test_answers_are_transformers_under_pressure(tmp_path: Path) -> None:
     conversations = [questions_of(example) for example in examples]
     with serving(MODEL_DIR, tmp_path, *(str(word) for pair in options.items() for word in pair)) as server:
         answers = asyncio.run(ask_all(server, conversations))
-        again = asyncio.run(ask_all(server, conversations[-40:]))  # some still have their prefix, some only their embeddings
-        metrics = server.metrics()
-    assert answers == expected
-    assert again == expected[-40:]
+        assert answers == expected
+        for _ in range(5):  # which of them happen when is a matter of timing
+            # Some still have their prefix, some only their embeddings.
+            assert asyncio.run(ask_all(server, conversations[-40:])) == expected[-40:]
+            metrics = server.metrics()
+            if metrics["num_preemptions_total"] and metrics["encoder_cache_hits_total"]:
+                break
     num_pictures = sum(len(example.scenes) for example in examples)
     assert metrics["num_preemptions_total"] > 0
     assert metrics["prefix_cache_hits_total"] > 16 * NUM_QUESTIONS  # more than the common beginning
