@@ -38,12 +38,6 @@ from mmv1.types import (
 
 _MAX_PASSED_OVER = 64  # waiting requests that can get no token now: bounds the host cost of a long waiting queue, per pass
 
-# A short text before a picture that is not there yet is computed with it, as long as others have work: by itself it would only
-# slow down a step of theirs (on an H100 one of 64 decodes by 1.3 ms for 24 tokens; among those of a picture they cost a third of
-# that). At most so many requests are put off.
-_SHORT_TEXT = 128
-_MAX_PUT_OFF = 32
-
 
 class Scheduler:
     """Numbers are per step unless said otherwise."""
@@ -308,7 +302,6 @@ class Scheduler:
         one that finds no KV blocks ends the pass, so that nobody starves behind smaller requests. Returns the budget left."""
         admitted: list[Request] = []
         num_passed_over = 0
-        others_have_work = bool(step.num_scheduled_tokens)
         for request in self.waiting:
             if budget <= 0 or len(self.running) + len(admitted) >= self.max_num_seqs or num_passed_over > _MAX_PASSED_OVER:
                 break
@@ -325,9 +318,6 @@ class Scheduler:
             if computed < request.mm_end:
                 clip = clip_chunk(request.mm_features, computed, num_new, is_there)
                 num_new = clip.num_new_tokens if self._chunked_prefill or clip.num_new_tokens == num_whole else 0
-                is_short = clip.blocked_by is not None and num_new <= _SHORT_TEXT
-                if is_short and others_have_work and num_passed_over < _MAX_PUT_OFF:
-                    num_new = 0
             block_ids = self.kv.allocate(request, computed + num_new, prefix) if num_new > 0 else []
             if not block_ids:
                 request.num_computed_tokens = 0
