@@ -17,7 +17,7 @@ from mmv1.embedding.cache import EmbeddingCache
 from mmv1.embedding.client import ClipProcess
 from mmv1.embedding.messages import ClipReady
 from mmv1.embedding.settings import FLAG, EmbeddingSettings
-from mmv1.errors import EmbedderDeadError, RequestError, ShuttingDownError
+from mmv1.errors import ConfigError, EmbedderDeadError, RequestError, ShuttingDownError
 from mmv1.log import logger
 from mmv1.preprocess.crop import CropRules
 from mmv1.preprocess.image_loader import all_at_once, is_remote
@@ -250,7 +250,7 @@ class Embedder:
                 if not self._first.done():
                     self._first.set_exception(error)
                     return
-                logger.error("%s", error)
+                logger.error("%s", error, exc_info=None if isinstance(error, ConfigError) else error)
             lived_s = asyncio.get_running_loop().time() - started_at
             pause = _FIRST_RESTART_S if lived_s > _LONG_LIFE_S else min(2 * pause, _MAX_RESTART_S)
             self._stats.num_process_deaths += 1
@@ -259,7 +259,7 @@ class Embedder:
             await asyncio.sleep(pause)
 
     async def _run_process(self) -> None:
-        """One process, from its start to its end. Raises ConfigError, OSError."""
+        """One process, from its start to its end. Raises ConfigError, and whatever keeps a process from being started."""
         process = ClipProcess(self.model, flag=FLAG, slab=self.pictures.slab)
         await process.start()
         try:

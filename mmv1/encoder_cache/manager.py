@@ -139,8 +139,8 @@ class EncoderCacheManager:
         """Entries that must not go now."""
         return len(self._entries) - len(self._evictable)
 
-    def check_integrity(self) -> None:
-        """Raise if the ledger contradicts itself."""
+    def check_integrity(self, being_encoded: Collection[bytes] = (), *, may_be_read: bool = False) -> None:
+        """Raise if the ledger contradicts itself. `being_encoded`: by batches in flight; `may_be_read`: by steps behind them."""
         if self.used_bytes != sum(entry.size_bytes for entry in self._entries.values()):
             raise RuntimeError("used bytes are not the sum of the entries")
         if not 0 <= self.used_bytes <= self.capacity_bytes:
@@ -148,8 +148,10 @@ class EncoderCacheManager:
         if self._evictable_bytes != sum(entry.size_bytes for entry in self._evictable.values()):
             raise RuntimeError("evictable bytes are not the sum of the entries that may go")
         for mm_hash, entry in self._entries.items():
-            if entry.num_references < 0:
-                raise RuntimeError("an entry was released more often than referenced")
+            if entry.num_references < 0 or (entry.num_references and not entry.is_complete and not may_be_read):
+                raise RuntimeError("an entry is read that is not complete, or released more often than referenced")
+            if entry.is_complete == (mm_hash in being_encoded):
+                raise RuntimeError("an entry is complete while it is encoded, or neither")
             if (mm_hash in self._evictable) != (entry.is_complete and not entry.num_references):
                 raise RuntimeError("an entry is not listed where its state says")
         if not self._evictable.keys() <= self._entries.keys():

@@ -151,6 +151,10 @@ class EncodeScheduler:
             before.add(mm_hash)
         return inputs
 
+    def check_integrity(self) -> None:
+        """Raise if the cache's ledger contradicts itself or the batches in flight."""
+        self._cache.check_integrity(self.batch_of.keys(), may_be_read=self._max_followed_tokens > 0)
+
     def update(self, batch: EncodeBatch) -> None:
         """The batch is done: its pictures can be used, their slots in the slab are released."""
         self.num_in_flight -= 1

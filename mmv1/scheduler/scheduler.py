@@ -439,7 +439,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise if the ledgers contradict themselves; with no request left, if anything is still held."""
         self.kv.check_integrity()
-        self.encoder_cache.check_integrity()
+        self.encoding.check_integrity()
         self.pixels.check_integrity()
         held = self.kv.num_used_blocks or self.encoder_cache.num_held or self.pixels.num_pending or self._unknown_ids
         if held and not self.requests and not self._in_flight and not self.encoding.num_in_flight:

@@ -37,6 +37,7 @@ from tests.integration.server import serving
         (["--mm-processor-kwargs", '{"do_resize": false}'], ["--mm-processor-kwargs", "do_resize"]),
         (["--embedding-model", "ViT-B-32"], ["--embedding-model ViT-B-32 must have the form NAME:WEIGHTS"]),
         (["--embedding-model", "a:b", "--embedding-cache-bytes", "-1"], ["--embedding-cache-bytes -1 must be at least 0"]),
+        (["--embedding-model", "ViT-B-32:x", "--served-model-name", "ViT-B-32"], ["both models are named ViT-B-32"]),
         (["--runner", "pooling"], ["--runner pooling", "--embedding-model NAME:WEIGHTS"]),
         (["--runner", "pooling", "--embedding-model", "a:b"], ["--runner pooling serves no language model: leave", "out"]),
     ],

@@ -36,7 +36,7 @@ def test_entries_stay_until_room_is_needed_and_the_least_recently_used_goes_firs
     ledger.release(A)  # used again: now the youngest
     ledger.allocate(C, 16, "t", ())
     assert A in ledger and B not in ledger and ledger.take_freed() == [B]
-    ledger.check_integrity()
+    ledger.check_integrity({C})
 
 
 def test_what_is_touched_goes_last() -> None:
@@ -77,7 +77,7 @@ def test_what_is_to_be_kept_is_not_evicted() -> None:
     assert ledger.fits(48, {D})  # not there: takes no room
     ledger.allocate(D, 32, "t", {A})  # the oldest of all
     assert A in ledger and ledger.take_freed() == [B, C]
-    ledger.check_integrity()
+    ledger.check_integrity({D})
 
 
 def test_room_that_is_not_there_is_not_given() -> None:
@@ -103,8 +103,9 @@ def test_forgetting_leaves_what_is_read() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(seed=st.integers(0, 2**32), pages=st.integers(3, 10))
-def test_the_books_balance_and_the_store_never_overflows(seed: int, pages: int) -> None:
+@given(seed=st.integers(0, 2**32), pages=st.integers(3, 10), may_be_read=st.booleans())
+def test_the_books_balance_and_the_store_never_overflows(seed: int, pages: int, may_be_read: bool) -> None:
+    """`may_be_read`: steps may follow the batches."""
     rng = random.Random(seed)
     ledger = cache(pages)
     sizes = {bytes([i]) * 32: rng.randrange(1, 40) for i in range(8)}
@@ -126,20 +127,31 @@ def test_the_books_balance_and_the_store_never_overflows(seed: int, pages: int) 
                 assert sum(stored.values()) <= pages
         elif action == 2 and encoding:
             ledger.complete(encoding.pop(rng.randrange(len(encoding))))
-        elif action == 3 and ledger.is_complete(mm_hash):
+        elif action == 3 and (ledger.is_complete(mm_hash) or (may_be_read and mm_hash in encoding)):
             ledger.reference(mm_hash, "r")
             references.append(mm_hash)
         elif action == 4 and references:
             ledger.release(references.pop(rng.randrange(len(references))))
         elif action == 5:
             ledger.touch(mm_hash)
-        ledger.check_integrity()
+        ledger.check_integrity(encoding, may_be_read=may_be_read)
         assert all(held in ledger for held in [*references, *encoding]), "an entry that is in use was evicted"
         assert ledger.num_held == len({*references, *encoding})
         assert {mm_hash for mm_hash in sizes if mm_hash in ledger} == set(stored)
 
 
 def test_a_broken_ledger_is_noticed() -> None:
+    ledger = cache(2)
+    ledger.allocate(A, 16, "r", ())
+    with pytest.raises(RuntimeError, match="or neither"):
+        ledger.check_integrity()
+    ledger.reference(A, "r")
+    ledger.check_integrity({A}, may_be_read=True)
+    with pytest.raises(RuntimeError, match="is read that is not complete"):
+        ledger.check_integrity({A})
+    ledger.complete(A)
+    with pytest.raises(RuntimeError, match="or neither"):
+        ledger.check_integrity({A})
     ledger = cache(2, A)
     ledger.used_bytes -= 1
     with pytest.raises(RuntimeError):
