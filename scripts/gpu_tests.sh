@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs tests/gpu on a machine with a CUDA device: correctness against transformers, CPU and GPU, in every way the engine can run.
 #
-#   scripts/gpu_tests.sh [arguments of pytest]      e.g. scripts/gpu_tests.sh -k isolation
+#   scripts/gpu_tests.sh [arguments of pytest]      e.g. scripts/gpu_tests.sh -k isolation, or tests/gpu/test_kernels.py
 #
 # The machine's own torch, triton and transformers are used where its python3 has torch with CUDA (PYTHON=... names another
 # Python); what mmv1 needs beside them is put into a folder of its own, build/gpu-site, and nothing of the machine is changed.
@@ -101,10 +101,14 @@ else
     "$uv" pip install --quiet --python "$python" --editable '.[flash]' || say "the extra 'flash' cannot be installed"
 fi
 
+tests=(tests/gpu)
+for argument; do
+    case $argument in tests/*) tests=() ;; esac # which ones is said already
+done
 report=${MMV1_GPU_RESULTS%.json}.xml
 mkdir -p "$(dirname "$report")"
 status=0
-"$python" -m pytest tests/gpu -p no:cacheprovider --junitxml "$report" "$@" || status=$?
+"$python" -m pytest ${tests[@]+"${tests[@]}"} -p no:cacheprovider --junitxml "$report" "$@" || status=$?
 
 "$python" - "$MMV1_GPU_RESULTS" "$report" <<'END'
 import json

@@ -1,42 +1,44 @@
 """The model over one step's tokens.
 
-A step of few tokens, decodes above all, is launched as one recorded graph: the step's layout lies in device memory, padded to
-the next recorded number of tokens. So launching costs the host almost nothing, and the device does not wait between kernels. A
-larger step keeps the device busy longer than its launches take; it runs kernel by kernel at its own size.
+A step is launched as one recorded graph: its layout lies in device memory, padded to the next recorded number of tokens. So
+launching costs the host almost nothing, and the device does not wait between kernels. A step of few tokens attends by tiles of
+our own kernels; a larger one as the backend chosen for it does, where that can be recorded. The largest keep the device busy
+longer than their launches take; they run kernel by kernel at their own size, and so does whatever no recording fits.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mmv1.models.interface import Model
-from mmv1.runner.attention.backend import AttentionBackend, AttentionMetadata, PagedAttention
-from mmv1.runner.attention.triton import (
-    TilePlan,
-    TritonBackend,
-    choose_num_splits,
-    make_tiles,
-    num_multiprocessors,
-    small_tile_tokens,
-)
+from mmv1.runner.attention.backend import AttentionBackend, AttentionMetadata, PagedAttention, RecordedLayout
+from mmv1.runner.attention.triton import TileLayout, TritonBackend, choose_num_splits, num_multiprocessors, small_tile_tokens
 from mmv1.runner.input_batch import DeviceTable, StepInputs, TokenColumns
 from mmv1.runner.platform import Platform
 
-# Numbers of tokens that are recorded. Close together where padding would cost most of a step's time.
-GRAPH_SIZES = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 129, 16), *range(160, 257, 32), 320, 384, 448, 512)
+# Numbers of tokens that are recorded. Close together where padding would cost most of a step's time; multiples of the 128 rows of
+# a matrix product's tile where products are most of it.
+_TILED_SIZES = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 129, 16), *range(160, 257, 32), 320, 384, 448, 512)
+GRAPH_SIZES = (*_TILED_SIZES, *range(640, 4097, 128))
+MOST_TILED = _TILED_SIZES[-1]
 
-# The recorded attention reads a request's keys once per tile of a few tokens. Beyond as many keys in a step, the chunks of it
-# taken together, that is no longer little beside the rest of the step.
+# Attention by tiles reads a request's keys once per tile of a few tokens. Beyond as many keys in a step, the chunks of it taken
+# together, that is no longer little beside the rest of the step.
 _MAX_TILE_KEYS = 400_000
+_MOST_REQUESTS = 256  # of a larger recorded step
 
 
 class _Recorded(NamedTuple):
-    inputs: torch.Tensor  # int32 [3 + axes + 4, size]: TokenColumns, then tiles
+    size: int  # most tokens
+    most_requests: int
+    layout: RecordedLayout
+    inputs: torch.Tensor  # int32, flat: TokenColumns of `size` tokens, then the layout's numbers
     replay: Callable[[], object]
     hidden: torch.Tensor  # [size, hidden]
 
@@ -66,56 +68,73 @@ class StepForward:
         self._recorded: dict[int, _Recorded] = {}
         self._sizes: list[int] = []  # recorded, in order
         layer = model.attention_layers[0]
+        self._num_columns = 3 + model.num_position_axes  # of TokenColumns
         self._num_kv_heads = layer.num_kv_heads
         self._tile_tokens = small_tile_tokens(layer.num_heads // layer.num_kv_heads)
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Hidden states [T, hidden]; valid until the next call."""
-        size = self._recorded_size(inputs)
-        return self._launch(inputs) if size is None else self._replay(self._recorded[size], inputs)
+        recorded = self._recorded_for(inputs)
+        return self._launch(inputs) if recorded is None else self._replay(recorded, inputs)
 
     def record(self, sizes: Sequence[int]) -> None:
-        """Record steps of these numbers of tokens. The largest first: the others then find room in its memory."""
+        """Record steps of these numbers of tokens, but those whose attention cannot be. The largest first: the others then find
+        room in its memory."""
         recorder = self._platform.recorder()
-        num_columns = 3 + self._model.num_position_axes + 4
         layer = self._model.attention_layers[0]
         # Padding is attended to by nobody: its rows keep what an earlier step put there, or these zeroes. So what padding writes
         # to the null block is finite, which a backend that multiplies masked values by 0 relies on.
         attended = self._kv_caches[0].new_zeros(max(sizes, default=0), layer.num_heads, layer.head_dim)
         for size in sorted(sizes, reverse=True):
-            inputs = torch.zeros(num_columns, size, dtype=torch.int32, device=self._platform.device)
-            inputs[2].fill_(-1)
-            most_keys = self._block_table.width * self._block_size
-            splits = choose_num_splits(size, self._num_kv_heads, most_keys, num_multiprocessors(self._platform.device))
-            tables = inputs[-4:], self._block_table.tensor
-            plan = TilePlan(*tables, self._block_size, self._tile_tokens, splits, attended[:size])
-
-            def run(inputs: torch.Tensor = inputs, plan: TilePlan = plan) -> torch.Tensor:
-                return self._run(TokenColumns.of(inputs[:-4]), TritonBackend(), plan)
-
+            most_requests = size if size <= MOST_TILED else min(len(self._block_table.tensor), _MOST_REQUESTS)
+            backend, layout = self._lay_out(size, most_requests, attended[:size])
+            if layout is None:
+                continue
+            num_columns = self._num_columns * size
+            inputs = torch.zeros(num_columns + layout.num_numbers, dtype=torch.int32, device=self._platform.device)
+            inputs[2 * size : 3 * size].fill_(-1)
+            columns, numbers = inputs.split([num_columns, layout.num_numbers])
+            run = partial(self._run_recorded, columns.view(-1, size), backend, layout, numbers)
             run()  # loads the kernels, which a recording cannot
-            self._recorded[size] = _Recorded(inputs, *recorder.record(run))
+            self._recorded[size] = _Recorded(size, most_requests, layout, inputs, *recorder.record(run))
         self._sizes = sorted(self._recorded)
 
-    def _recorded_size(self, inputs: StepInputs) -> int | None:
+    def _lay_out(
+        self, size: int, most_requests: int, attended: torch.Tensor
+    ) -> tuple[AttentionBackend, RecordedLayout | None]:
+        table = self._block_table.tensor
+        if size > MOST_TILED:
+            return self._backend, self._backend.layout(most_requests, table, self._block_size, attended)
+        most_keys = self._block_table.width * self._block_size
+        splits = choose_num_splits(size, self._num_kv_heads, most_keys, num_multiprocessors(self._platform.device))
+        return TritonBackend(), TileLayout(size, table, self._block_size, self._tile_tokens, splits, attended)
+
+    def _run_recorded(
+        self, columns: torch.Tensor, backend: AttentionBackend, layout: RecordedLayout, numbers: torch.Tensor
+    ) -> torch.Tensor:
+        return self._run(TokenColumns.of(columns), backend, layout.plan(numbers))
+
+    def _recorded_for(self, inputs: StepInputs) -> _Recorded | None:
         place = bisect_left(self._sizes, inputs.num_tokens)
         if place == len(self._sizes):
             return None
-        size = self._sizes[place]
-        if inputs.num_tokens == len(inputs.rows):
-            return size
+        recorded = self._recorded[self._sizes[place]]
+        if len(inputs.rows) > recorded.most_requests:
+            return None
+        if recorded.size > MOST_TILED or inputs.num_tokens == len(inputs.rows):
+            return recorded
         chunks = inputs.query_lens > 1
         num_keys = (-(-inputs.query_lens[chunks] // self._tile_tokens) * inputs.seq_lens[chunks]).sum()
-        return size if num_keys <= _MAX_TILE_KEYS else None
+        return recorded if num_keys <= _MAX_TILE_KEYS else None
 
     def _replay(self, recorded: _Recorded, inputs: StepInputs) -> torch.Tensor:
-        num_columns, size = recorded.inputs.shape
-        staging = self._platform.staging(num_columns, size, dtype=torch.int32)
-        host, num_tokens = staging.numpy(), inputs.num_tokens
-        host[:-4, :num_tokens] = inputs.packed
-        host[:-4, num_tokens:] = 0  # padding: token 0 of row 0, to the null block
+        staging = self._platform.staging(len(recorded.inputs), dtype=torch.int32)
+        num_columns = self._num_columns * recorded.size
+        host, num_tokens = staging.numpy()[:num_columns].reshape(-1, recorded.size), inputs.num_tokens
+        host[:, :num_tokens] = inputs.packed
+        host[:, num_tokens:] = 0  # padding: token 0 of row 0, to the null block
         host[2, num_tokens:] = -1
-        host[-4:] = make_tiles(inputs.rows, inputs.starts, inputs.query_lens, inputs.computed, self._tile_tokens, num_tiles=size)
+        recorded.layout.write(staging.numpy()[num_columns:], inputs.rows, inputs.query_lens, inputs.computed)
         recorded.inputs.copy_(staging, non_blocking=True)
         recorded.replay()
         return recorded.hidden[:num_tokens]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,45 @@ def test_a_recorded_launch_serves_other_lengths(shape: str, num_splits: int) -> 
         output.fill_(float("nan"))
         graph.replay()
         setting.assert_close(output[:num_tokens], case.expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_recorded_layout_serves_other_steps(shape: str) -> None:
+    """Of flash: more room than requests, fewer tokens than room; rows of no request stay as they were."""
+    setting = make_setting("flash", torch.bfloat16, shape)
+    steps = [[(900, 1), (3, 1), (0, 400)], [(0, 130), (1, 1), (300, 260), (64, 2)], [(1000, 600)], [(4000, 3), (15, 1)]]
+    cases = [make_case(setting, step, seed=i) for i, step in enumerate(steps)]
+    size, most_requests = 640, 256
+    query = torch.zeros(size, *cases[0].query.shape[1:], dtype=torch.bfloat16, device=setting.device)
+    most_blocks = max(case.kv_cache.shape[1] for case in cases)
+    kv_cache = torch.zeros(2, most_blocks, *cases[0].kv_cache.shape[2:], dtype=torch.bfloat16, device=setting.device)
+    table = torch.zeros(300, 512, dtype=torch.int32, device=setting.device)
+    output = torch.zeros_like(query)
+    layout = setting.backend.layout(most_requests, table, cases[0].metadata.block_size, output)
+    assert layout is not None
+    numbers = torch.zeros(layout.num_numbers, dtype=torch.int32, device=setting.device)
+
+    def launch() -> None:
+        setting.backend.forward(query, query, query, kv_cache, layout.plan(numbers), SCALE)
+
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    for case in cases:
+        metadata, num_tokens = case.metadata, len(case.query)
+        rows, blocks = metadata.block_table.shape
+        table[:rows, :blocks].copy_(metadata.block_table)
+        host = np.empty(layout.num_numbers, dtype=np.int32)
+        layout.write(host, metadata.host_rows, metadata.query_lens, metadata.seq_lens - metadata.query_lens)
+        numbers.copy_(torch.from_numpy(host))
+        query.fill_(float("nan"))[:num_tokens].copy_(case.query)
+        kv_cache.fill_(float("nan"))[:, : case.kv_cache.shape[1]].copy_(case.kv_cache)
+        output.fill_(7.0)
+        graph.replay()
+        setting.assert_close(output[:num_tokens], case.expected)
+        assert (output[num_tokens:] == 7.0).all()
 
 
 @pytest.mark.parametrize("name", ["triton", "flash"])

@@ -28,10 +28,14 @@ ROWS = [1, 3, 64, 1021]
 HIDDEN = [3584, 2048, 1280]
 
 
-@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS.keys())
-def setting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting]:
+@pytest.fixture(autouse=True)
+def exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuBLAS adds the parts of a split product in float32 here; by default it may do so in bfloat16."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
+
+
+@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS.keys())
+def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
     torch.manual_seed(0)
     with contract.poisoned_outputs():
         yield request.param

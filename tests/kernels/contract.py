@@ -272,5 +272,5 @@ def check_experts(s: Setting, tokens: int, num_experts: int, top_k: int, hidden:
         for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
             gate, up = F.linear(x[token], gate_up[expert]).chunk(2)
             expected[token] += (F.linear(F.silu(gate) * up, down[expert]) * weight).float()
-    # Nobody has to round as often as transformers does.
-    s._replace(like_transformers=False).close(result, expected.to(s.dtype))
+    # Nobody has to round as often as transformers does; two products and a sum of experts add up float32's rounding.
+    s._replace(like_transformers=False).close(result, expected.to(s.dtype), scale=4.0 if s.dtype == torch.float32 else 1.0)

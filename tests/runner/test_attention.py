@@ -83,7 +83,7 @@ def test_large_tiles_are_refused_where_no_kernel_takes_them(triton_setting: Sett
 def test_flash_leaves_heads_that_are_not_whole_words_to_our_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package reads 16 bytes at a time: heads of 20 numbers of bfloat16 do not begin at multiples of that."""
     calls: list[int] = []
-    package = FlashFunctions(paged=lambda *_: pytest.fail("paged"), segments=lambda q, *_: calls.append(q.shape[-1]) or q)
+    package = FlashFunctions(lambda *_: pytest.fail("paged"), True, lambda query, *_: calls.append(query.shape[-1]) or query)
     monkeypatch.setattr(flash, "load", lambda: package)
     backend = flash.FlashBackend()
     seqlens = [70, 9]
@@ -94,6 +94,16 @@ def test_flash_leaves_heads_that_are_not_whole_words_to_our_kernel(monkeypatch: 
     assert calls == [24]
     parts = zip(*(x.split(seqlens) for x in (query, key, value)), strict=True)
     torch.testing.assert_close(result, torch.cat([reference(q, k, v, None) for q, k, v in parts]))
+
+
+def test_flash_leaves_long_blocks_to_our_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block as long as the package's tile is read whole, with the NaN that nobody has written over."""
+    package = FlashFunctions(lambda *_: pytest.fail("paged"), True, lambda *_: pytest.fail("segments"))
+    monkeypatch.setattr(flash, "load", lambda: package)
+    setting = Setting(flash.FlashBackend(), CPU, torch.float32, Shape(6, 2, 16, 128))
+    case = make_case(setting, [(140, 1), (0, 33), (31, 2)])
+    setting.assert_close(case.run(setting.backend), case.expected)
+    assert setting.backend.layout(4, case.metadata.block_table, 128, case.query) is None
 
 
 def test_a_backend_that_does_not_exist_is_refused() -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tests.interpreter  # noqa: F401
 from examples.tiny_model import VISION_FAMILIES
+from mmv1.runner.attention import flash
 from tests.runner.driver import Driver, Prompt, make_picture, make_prompt, patch_of
 
 MakeDriver = Callable[..., Driver]
@@ -68,10 +70,54 @@ def test_recorded_steps_answer_as_launched_ones(
     forward = recorded.worker._runner._forward
     replayed: list[int] = []
     replay = forward._replay
-    forward._replay = lambda one, inputs: replayed.append(one.inputs.shape[1]) or replay(one, inputs)  # type: ignore[method-assign]
+    forward._replay = lambda one, inputs: replayed.append(one.size) or replay(one, inputs)  # type: ignore[method-assign]
     assert answers(recorded, prompts, chunk=chunk, depth=depth) == expected
     assert len(replayed) >= 3
     assert set(replayed) <= set(SIZES)
+
+
+def attend_in_plain_torch(query: torch.Tensor, kv_cache: torch.Tensor, plan: Any, scale: float) -> torch.Tensor:
+    """What FlashAttention's function does with a plan, which it reads from the plan's tensors alone."""
+    output = torch.empty_like(query) if plan.output is None else plan.output
+    keys, values = kv_cache.flatten(1, 2).repeat_interleave(query.shape[1] // kv_cache.shape[3], dim=2)
+    starts, block_size = plan.query_start_loc.tolist(), kv_cache.shape[2]
+    for start, end, seq_len, pages in zip(starts, starts[1:], plan.seq_lens.tolist(), plan.page_table, strict=False):
+        places = torch.arange(seq_len)
+        slots = pages[places // block_size] * block_size + places % block_size
+        sees = places <= torch.arange(seq_len - (end - start), seq_len)[:, None]
+        heads = (x.transpose(0, 1) for x in (query[start:end], keys[slots], values[slots]))
+        output[start:end] = F.scaled_dot_product_attention(*heads, attn_mask=sees, scale=scale).transpose(0, 1)
+    return output
+
+
+@pytest.mark.parametrize("most_requests", [2, 256])
+def test_large_steps_are_recorded_where_the_backend_can_be(
+    make_driver: MakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch, most_requests: int
+) -> None:
+    """All but the smallest attend as the backend does, with more requests in a step than there is room for too."""
+    expected = answers(make_driver(), prompts)
+    package = flash.FlashFunctions(attend_in_plain_torch, True, lambda *_: pytest.fail("a tower attended by it"))
+    monkeypatch.setattr(flash, "load", lambda: package)
+    monkeypatch.setattr("mmv1.runner.step_forward.MOST_TILED", 1)
+    monkeypatch.setattr("mmv1.runner.step_forward._MOST_REQUESTS", most_requests)
+    driver = make_driver()
+    driver.worker._runner._forward._backend = flash.FlashBackend()
+    driver.worker._runner.record((*SIZES, 40))
+    forward, replayed = driver.worker._runner._forward, []
+    replay = forward._replay
+    forward._replay = lambda one, inputs: replayed.append((one.size, len(inputs.rows))) or replay(one, inputs)  # type: ignore[method-assign]
+    assert answers(driver, prompts, chunk=7) == expected
+    assert max(requests for size, requests in replayed if size > 1) == min(most_requests, 4)
+    assert max(size for size, _ in replayed) == (24 if most_requests > 4 else 4)
+
+
+def test_a_backend_that_cannot_be_recorded_leaves_large_steps_as_they_are(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmv1.runner.step_forward.MOST_TILED", 4)
+    driver = make_driver()
+    driver.worker._runner.record(SIZES)
+    assert driver.worker._runner._forward._sizes == [1, 4]
 
 
 def test_padding_leaves_the_null_block_finite(

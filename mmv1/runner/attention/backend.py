@@ -29,6 +29,21 @@ class AttentionMetadata:
     block_size: int
 
 
+class RecordedLayout(Protocol):
+    """A step's layout for a recorded launch, which reads it from the same memory each time: `num_numbers` int32 numbers."""
+
+    num_numbers: int
+
+    def write(self, numbers: np.ndarray, rows: np.ndarray, query_lens: np.ndarray, computed: np.ndarray) -> None:
+        """Fill `numbers` int32 [num_numbers] with a step of R requests: row in the block table, tokens in the step, tokens
+        computed before it, int64 [R] each."""
+        ...
+
+    def plan(self, numbers: torch.Tensor) -> Any:
+        """What `AttentionBackend.forward` takes, over the numbers on the device. What it launches is recorded too."""
+        ...
+
+
 class AttentionBackend(Protocol):
     """`kv_cache` is one layer's [2, num_blocks, block_size, KV, D]: keys, then values. What lies in slots that no token of a
     request has written, NaN included, never reaches its result."""
@@ -50,6 +65,13 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """Attend with `query` [T, H, D]. `key` and `value` [T, KV, D], the step's own, are in the cache already. Returns
         [T, H, D]."""
+        ...
+
+    def layout(
+        self, most_requests: int, block_table: torch.Tensor, block_size: int, output: torch.Tensor
+    ) -> RecordedLayout | None:
+        """For recorded steps of as many tokens as `output` [T, H, D] has room for, which is where their results go: rows of
+        tokens that belong to no request stay as they are. None: this backend's steps cannot be recorded."""
         ...
 
     def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> Any:

@@ -11,6 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 
 from mmv1.errors import ConfigError
@@ -18,18 +19,24 @@ from mmv1.models.interface import SegmentRoom
 from mmv1.runner.attention.backend import AttentionMetadata
 from mmv1.runner.attention.triton import SegmentPlan, TritonBackend
 
+# Blocks of more tokens may be as long as a tile of keys, which the package then reads whole, with what nobody has written in it:
+# a NaN there would reach the result. Those go to our kernels.
+_MOST_BLOCK_TOKENS = 64
+
 
 class _PagedPlan(NamedTuple):
     query_start_loc: torch.Tensor  # int32 [R + 1]
     seq_lens: torch.Tensor  # int32 [R]
     page_table: torch.Tensor  # int32 [R, blocks of the longest]
     max_query_len: int
+    output: torch.Tensor | None = None  # [T, H, D], where the result goes; None: into memory of its own
 
 
 class FlashFunctions(NamedTuple):
     """What both packages are called through."""
 
     paged: Callable[[torch.Tensor, torch.Tensor, _PagedPlan, float], torch.Tensor]  # query, kv_cache, plan, scale
+    can_be_recorded: bool  # `paged`: its grid depends on the tensors' shapes alone, and it writes where it is told
     segments: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SegmentPlan, float], torch.Tensor]  # query, key, value, ...
 
 
@@ -57,11 +64,13 @@ def load() -> FlashFunctions:
 
 def _load_cute() -> FlashFunctions:
     from flash_attn.cute import flash_attn_varlen_func
+    from flash_attn.cute.interface import _flash_attn_fwd  # which alone can write to memory that is there
 
     def paged(query: torch.Tensor, kv_cache: torch.Tensor, plan: _PagedPlan, scale: float) -> torch.Tensor:
-        return _first(flash_attn_varlen_func(
+        return _first(_flash_attn_fwd(
             query, kv_cache[0], kv_cache[1], cu_seqlens_q=plan.query_start_loc, seqused_k=plan.seq_lens,
             max_seqlen_q=plan.max_query_len, page_table=plan.page_table, softmax_scale=scale, causal=True, num_splits=1,
+            out=plan.output,
         ))  # fmt: skip
 
     def segments(
@@ -72,7 +81,7 @@ def _load_cute() -> FlashFunctions:
             max_seqlen_k=plan.longest, softmax_scale=scale,
         ))  # fmt: skip
 
-    return FlashFunctions(paged, segments)
+    return FlashFunctions(paged, True, segments)
 
 
 def _load_interface() -> FlashFunctions:
@@ -91,12 +100,33 @@ def _load_interface() -> FlashFunctions:
             query, key, value, plan.cu_seqlens, plan.cu_seqlens, plan.longest, plan.longest, softmax_scale=scale
         ))  # fmt: skip
 
-    return FlashFunctions(paged, segments)
+    return FlashFunctions(paged, False, segments)
 
 
 def _first(result: Any) -> torch.Tensor:
     """Versions differ in whether the sums come with the output."""
     return cast(torch.Tensor, result[0] if isinstance(result, tuple) else result)
+
+
+class FlashLayout:
+    """A recorded step of at most `most_requests`; the rest of them have no tokens."""
+
+    def __init__(self, most_requests: int, block_table: torch.Tensor, output: torch.Tensor) -> None:
+        self.num_numbers = 3 * most_requests + 1
+        self._most_requests = most_requests
+        self._block_table = block_table
+        self._output = output
+
+    def write(self, numbers: np.ndarray, rows: np.ndarray, query_lens: np.ndarray, computed: np.ndarray) -> None:
+        starts, seq_lens, table_rows = np.split(numbers, [self._most_requests + 1, 2 * self._most_requests + 1])
+        ends, given = np.cumsum(query_lens), len(rows)
+        starts[0], starts[1 : given + 1], starts[given + 1 :] = 0, ends, ends[-1]
+        seq_lens[:given], seq_lens[given:] = computed + query_lens, 0
+        table_rows[:given], table_rows[given:] = rows, 0
+
+    def plan(self, numbers: torch.Tensor) -> _PagedPlan:
+        starts, seq_lens, rows = numbers.split([self._most_requests + 1, self._most_requests, self._most_requests])
+        return _PagedPlan(starts, seq_lens, self._block_table.index_select(0, rows), len(self._output), self._output)
 
 
 class FlashBackend:
@@ -110,11 +140,18 @@ class FlashBackend:
 
     def plan(self, metadata: AttentionMetadata) -> Any:
         max_query_len = int(metadata.query_lens.max())
-        if max_query_len == 1:
+        if max_query_len == 1 or metadata.block_size > _MOST_BLOCK_TOKENS:
             return self._triton.plan(metadata)
         num_blocks = -(-int(metadata.seq_lens.max()) // metadata.block_size)
         page_table = metadata.block_table[:, :num_blocks].index_select(0, metadata.rows)
         return _PagedPlan(metadata.query_start_loc, metadata.seq_lens_device, page_table, max_query_len)
+
+    def layout(
+        self, most_requests: int, block_table: torch.Tensor, block_size: int, output: torch.Tensor
+    ) -> FlashLayout | None:
+        if block_size > _MOST_BLOCK_TOKENS or not load().can_be_recorded:
+            return None
+        return FlashLayout(most_requests, block_table, output)
 
     def forward(
         self,

@@ -153,6 +153,9 @@ class SDPABackend:
             attended = attended[:, :, :length]
         output[chunk.start : chunk.stop] = attended.permute(2, 0, 1, 3).flatten(1, 2)
 
+    def layout(self, most_requests: int, block_table: torch.Tensor, block_size: int, output: torch.Tensor) -> None:
+        """It goes sequence by sequence, on the host."""
+
     def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> list[_Segments]:
         if room is not None:
             raise ValueError("sdpa lays segments out by their lengths: its plans cannot be recorded")

@@ -71,6 +71,30 @@ def choose_num_splits(num_tiles: int, num_kv_heads: int, max_seq_len: int, num_s
     return max(1, min(wanted, max_seq_len // _KEYS_PER_SPLIT, _MAX_SPLITS))
 
 
+class TileLayout:
+    """A recorded step as small tiles, whatever its mix of decodes and chunks. `output`: see `AttentionBackend.layout`."""
+
+    def __init__(
+        self,
+        num_tiles: int,
+        block_table: torch.Tensor,
+        block_size: int,
+        tokens_per_tile: int,
+        num_splits: int,
+        output: torch.Tensor,
+    ) -> None:
+        self.num_numbers = 4 * num_tiles
+        self._plan = TilePlan(torch.empty(0), block_table, block_size, tokens_per_tile, num_splits, output)
+
+    def write(self, numbers: np.ndarray, rows: np.ndarray, query_lens: np.ndarray, computed: np.ndarray) -> None:
+        tiles = numbers.reshape(4, -1)
+        starts = np.cumsum(query_lens) - query_lens
+        tiles[:] = make_tiles(rows, starts, query_lens, computed, self._plan.tokens_per_tile, num_tiles=tiles.shape[1])
+
+    def plan(self, numbers: torch.Tensor) -> TilePlan:
+        return self._plan._replace(tiles=numbers.view(4, -1))
+
+
 class _StepPlan(NamedTuple):
     """A step of any size: its single tokens and its longer chunks, in tiles that suit them."""
 
@@ -140,6 +164,9 @@ class TritonBackend:
         if plan.chunks is not None:
             self._attend(query, kv_cache, plan.chunks, scale, output)
         return output
+
+    def layout(self, most_requests: int, block_table: torch.Tensor, block_size: int, output: torch.Tensor) -> None:
+        """Not worth it: a launch of ours costs the host less."""
 
     def _attend(self, query: torch.Tensor, kv_cache: torch.Tensor, plan: TilePlan, scale: float, output: torch.Tensor) -> None:
         self._paged.paged_attention(
