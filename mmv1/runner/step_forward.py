@@ -27,16 +27,11 @@ from mmv1.runner.platform import Platform
 _TILED_SIZES = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 129, 16), *range(160, 257, 32), 320, 384, 448, 512)
 GRAPH_SIZES = (*_TILED_SIZES, *range(640, 4097, 128))
 MOST_TILED = _TILED_SIZES[-1]
-
-# Attention by tiles reads a request's keys once per tile of a few tokens. Beyond as many keys in a step, the chunks of it taken
-# together, that is no longer little beside the rest of the step.
-_MAX_TILE_KEYS = 400_000
 _MOST_REQUESTS = 256  # of a larger recorded step
 
 
 class _Recorded(NamedTuple):
     size: int  # most tokens
-    most_requests: int
     layout: RecordedLayout
     inputs: torch.Tensor  # int32, flat: TokenColumns of `size` tokens, then the layout's numbers
     replay: Callable[[], object]
@@ -86,8 +81,7 @@ class StepForward:
         # to the null block is finite, which a backend that multiplies masked values by 0 relies on.
         attended = self._kv_caches[0].new_zeros(max(sizes, default=0), layer.num_heads, layer.head_dim)
         for size in sorted(sizes, reverse=True):
-            most_requests = size if size <= MOST_TILED else min(len(self._block_table.tensor), _MOST_REQUESTS)
-            backend, layout = self._lay_out(size, most_requests, attended[:size])
+            backend, layout = self._lay_out(size, attended[:size])
             if layout is None:
                 continue
             num_columns = self._num_columns * size
@@ -96,14 +90,13 @@ class StepForward:
             columns, numbers = inputs.split([num_columns, layout.num_numbers])
             run = partial(self._run_recorded, columns.view(-1, size), backend, layout, numbers)
             run()  # loads the kernels, which a recording cannot
-            self._recorded[size] = _Recorded(size, most_requests, layout, inputs, *recorder.record(run))
+            self._recorded[size] = _Recorded(size, layout, inputs, *recorder.record(run))
         self._sizes = sorted(self._recorded)
 
-    def _lay_out(
-        self, size: int, most_requests: int, attended: torch.Tensor
-    ) -> tuple[AttentionBackend, RecordedLayout | None]:
+    def _lay_out(self, size: int, attended: torch.Tensor) -> tuple[AttentionBackend, RecordedLayout | None]:
         table = self._block_table.tensor
         if size > MOST_TILED:
+            most_requests = min(len(table), _MOST_REQUESTS)
             return self._backend, self._backend.layout(most_requests, table, self._block_size, attended)
         most_keys = self._block_table.width * self._block_size
         splits = choose_num_splits(size, self._num_kv_heads, most_keys, num_multiprocessors(self._platform.device))
@@ -119,13 +112,7 @@ class StepForward:
         if place == len(self._sizes):
             return None
         recorded = self._recorded[self._sizes[place]]
-        if len(inputs.rows) > recorded.most_requests:
-            return None
-        if recorded.size > MOST_TILED or inputs.num_tokens == len(inputs.rows):
-            return recorded
-        chunks = inputs.query_lens > 1
-        num_keys = (-(-inputs.query_lens[chunks] // self._tile_tokens) * inputs.seq_lens[chunks]).sum()
-        return recorded if num_keys <= _MAX_TILE_KEYS else None
+        return recorded if recorded.layout.fits(inputs.query_lens, inputs.seq_lens) else None
 
     def _replay(self, recorded: _Recorded, inputs: StepInputs) -> torch.Tensor:
         staging = self._platform.staging(len(recorded.inputs), dtype=torch.int32)

@@ -21,6 +21,7 @@ from tests.runner.attention_suite import (  # noqa: F401
     test_layers_have_caches_of_their_own_and_keep_what_is_new,
     test_padded_tiles_do_nothing,
     test_segments,
+    test_segments_that_are_rotated_first,
     test_step,
     test_tiles,
     test_with_a_fixed_grid_others_change_no_bit,
@@ -80,9 +81,10 @@ def test_a_recorded_launch_serves_other_lengths(shape: str, num_splits: int) -> 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_recorded_layout_serves_other_steps(shape: str) -> None:
-    """Of flash: more room than requests, fewer tokens than room; rows of no request stay as they were."""
-    setting = make_setting("flash", torch.bfloat16, shape)
+@pytest.mark.parametrize("name", ["flash", "triton"])
+def test_a_recorded_layout_serves_other_steps(name: str, shape: str) -> None:
+    """More room than requests, fewer tokens than room; rows of no request stay as they were."""
+    setting = make_setting(name, torch.bfloat16, shape)
     steps = [[(900, 1), (3, 1), (0, 400)], [(0, 130), (1, 1), (300, 260), (64, 2)], [(1000, 600)], [(4000, 3), (15, 1)]]
     cases = [make_case(setting, step, seed=i) for i, step in enumerate(steps)]
     size, most_requests = 640, 256
@@ -129,7 +131,7 @@ def test_real_sizes(name: str) -> None:
     qkv = torch.randn(5476, 3 * 16, 80, generator=generator).to(setting.device, torch.bfloat16)
     for seqlens in ([5476], [64] * 85 + [36]):
         results = [
-            backend.varlen(*qkv.split(16, dim=1), backend.plan_varlen(seqlens, setting.device), SCALE)
+            backend.varlen(qkv, backend.plan_varlen(seqlens, setting.device), SCALE)
             for backend in (setting.backend, reference)
         ]
         setting.assert_close(results[0], results[1].float())

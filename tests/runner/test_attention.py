@@ -25,6 +25,7 @@ from tests.runner.attention_suite import (  # noqa: F401
     test_layers_have_caches_of_their_own_and_keep_what_is_new,
     test_padded_tiles_do_nothing,
     test_segments,
+    test_segments_that_are_rotated_first,
     test_step,
     test_tiles,
     test_with_a_fixed_grid_others_change_no_bit,
@@ -73,6 +74,14 @@ def test_splits_keep_the_device_busy_and_are_worth_their_sum() -> None:
     assert choose_num_splits(num_tiles=1, num_kv_heads=1, max_seq_len=1 << 20, num_sms=132) == 64  # no end of it otherwise
 
 
+def test_a_recorded_step_leaves_long_decodes_beside_chunks_to_launches_that_split_their_keys(triton_setting: Setting) -> None:
+    case = make_case(triton_setting, [(0, 3)])
+    layout = triton_setting.backend.layout(3, case.metadata.block_table, 4, case.query)
+    assert layout is not None
+    steps = [([1, 500], [8192, 90_000]), ([1, 500], [8193, 600]), ([2, 500], [90_000, 600]), ([1] * 4, [9] * 4)]
+    assert [layout.fits(*map(np.array, step)) for step in steps] == [True, False, True, False]
+
+
 def test_large_tiles_are_refused_where_no_kernel_takes_them(triton_setting: Setting) -> None:
     case = make_case(triton_setting, [(0, 3)])
     plan = make_tile_plan(case, 129, 1)
@@ -89,10 +98,10 @@ def test_flash_leaves_heads_that_are_not_whole_words_to_our_kernel(monkeypatch: 
     seqlens = [70, 9]
     plan = backend.plan_varlen(seqlens, CPU)._replace(cu_seqlens=cumulative(seqlens, CPU))  # as on CUDA
     for head_dim in (24, 20):
-        query, key, value = torch.randn(79, 6, head_dim, generator=torch.Generator().manual_seed(0)).split(2, dim=1)
-        result = backend.varlen(query, key, value, plan, SCALE)
+        qkv = torch.randn(79, 6, head_dim, generator=torch.Generator().manual_seed(0))
+        result = backend.varlen(qkv, plan, SCALE)
     assert calls == [24]
-    parts = zip(*(x.split(seqlens) for x in (query, key, value)), strict=True)
+    parts = zip(*(x.split(seqlens) for x in qkv.split(2, dim=1)), strict=True)
     torch.testing.assert_close(result, torch.cat([reference(q, k, v, None) for q, k, v in parts]))
 
 

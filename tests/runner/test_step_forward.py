@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import tests.interpreter  # noqa: F401
 from examples.tiny_model import VISION_FAMILIES
 from mmv1.runner.attention import flash
+from mmv1.runner.attention.triton import TritonBackend
 from tests.runner.driver import Driver, Prompt, make_picture, make_prompt, patch_of
 
 MakeDriver = Callable[..., Driver]
@@ -90,9 +91,14 @@ def attend_in_plain_torch(query: torch.Tensor, kv_cache: torch.Tensor, plan: Any
     return output
 
 
+@pytest.mark.parametrize("backend", [flash.FlashBackend, TritonBackend])
 @pytest.mark.parametrize("most_requests", [2, 256])
 def test_large_steps_are_recorded_where_the_backend_can_be(
-    make_driver: MakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch, most_requests: int
+    make_driver: MakeDriver,
+    prompts: list[Prompt],
+    monkeypatch: pytest.MonkeyPatch,
+    most_requests: int,
+    backend: type[flash.FlashBackend | TritonBackend],
 ) -> None:
     """All but the smallest attend as the backend does, with more requests in a step than there is room for too."""
     expected = answers(make_driver(), prompts)
@@ -101,7 +107,7 @@ def test_large_steps_are_recorded_where_the_backend_can_be(
     monkeypatch.setattr("mmv1.runner.step_forward.MOST_TILED", 1)
     monkeypatch.setattr("mmv1.runner.step_forward._MOST_REQUESTS", most_requests)
     driver = make_driver()
-    driver.worker._runner._forward._backend = flash.FlashBackend()
+    driver.worker._runner._forward._backend = backend()
     driver.worker._runner.record((*SIZES, 40))
     forward, replayed = driver.worker._runner._forward, []
     replay = forward._replay
@@ -142,7 +148,7 @@ def test_padding_leaves_the_null_block_finite(
 def test_a_chunk_with_many_keys_is_not_replayed(
     make_driver: MakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmv1.runner.step_forward._MAX_TILE_KEYS", 0)
+    monkeypatch.setattr("mmv1.runner.attention.triton._MAX_TILE_KEYS", 0)
     driver = make_driver()
     driver.worker._runner.record(SIZES)
     forward = driver.worker._runner._forward

@@ -16,7 +16,8 @@ import torch
 
 from mmv1.errors import ConfigError
 from mmv1.models.interface import SegmentRoom
-from mmv1.runner.attention.backend import AttentionMetadata
+from mmv1.models.layers.rotary import Rope
+from mmv1.runner.attention.backend import AttentionMetadata, split_rotated
 from mmv1.runner.attention.triton import SegmentPlan, TritonBackend
 
 # Blocks of more tokens may be as long as a tile of keys, which the package then reads whole, with what nobody has written in it:
@@ -117,6 +118,9 @@ class FlashLayout:
         self._block_table = block_table
         self._output = output
 
+    def fits(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> bool:
+        return len(query_lens) <= self._most_requests
+
     def write(self, numbers: np.ndarray, rows: np.ndarray, query_lens: np.ndarray, computed: np.ndarray) -> None:
         starts, seq_lens, table_rows = np.split(numbers, [self._most_requests + 1, 2 * self._most_requests + 1])
         ends, given = np.cumsum(query_lens), len(rows)
@@ -169,9 +173,8 @@ class FlashBackend:
     def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> SegmentPlan:
         return self._triton.plan_varlen(seqlens, device, room)
 
-    def varlen(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: SegmentPlan, scale: float
-    ) -> torch.Tensor:
-        if plan.cu_seqlens is None or query.shape[-1] % 8:  # it reads heads 16 bytes at a time
-            return self._triton.varlen(query, key, value, plan, scale)
+    def varlen(self, qkv: torch.Tensor, plan: SegmentPlan, scale: float, rope: Rope | None = None) -> torch.Tensor:
+        if plan.cu_seqlens is None or qkv.shape[-1] % 8:  # it reads heads 16 bytes at a time
+            return self._triton.varlen(qkv, plan, scale, rope)
+        query, key, value = split_rotated(qkv, rope)
         return load().segments(query, key, value, plan, scale)

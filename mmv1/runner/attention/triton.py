@@ -9,12 +9,19 @@ import numpy as np
 import torch
 
 from mmv1.models.interface import SegmentRoom
-from mmv1.runner.attention.backend import AttentionMetadata, upload
+from mmv1.models.layers.rotary import Rope
+from mmv1.runner.attention.backend import AttentionMetadata, split_rotated, upload
 
 _CHUNK_TILE = 128  # tokens of a tile of a chunk
 _SMALL_TILE_ROWS = 16  # the fewest query rows a product on tensor cores takes
 _MAX_SPLITS = 64
 _KEYS_PER_SPLIT = 128  # at least, else the sum of the parts costs more than is won
+# Small tiles read a request's keys once per tile of a few tokens. Beyond as many keys in a step, the chunks of it taken together,
+# that is no longer little beside the rest of the step.
+_MAX_TILE_KEYS = 400_000
+# Beside large chunks the keys of a recorded decode are not split: how many decodes there will be is not known. A program takes
+# some 0.1 ms for as many.
+_MAX_UNSPLIT_KEYS = 8192
 _PROGRAMS_PER_SM = 4
 
 
@@ -86,6 +93,10 @@ class TileLayout:
         self.num_numbers = 4 * num_tiles
         self._plan = TilePlan(torch.empty(0), block_table, block_size, tokens_per_tile, num_splits, output)
 
+    def fits(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> bool:
+        chunks = query_lens > 1
+        return int((-(-query_lens[chunks] // self._plan.tokens_per_tile) * seq_lens[chunks]).sum()) <= _MAX_TILE_KEYS
+
     def write(self, numbers: np.ndarray, rows: np.ndarray, query_lens: np.ndarray, computed: np.ndarray) -> None:
         tiles = numbers.reshape(4, -1)
         starts = np.cumsum(query_lens) - query_lens
@@ -99,8 +110,47 @@ class _StepPlan(NamedTuple):
     """A step of any size: its single tokens and its longer chunks, in tiles that suit them."""
 
     decodes: TilePlan | None
-    longest: int  # of the decodes, in tokens of the request
+    longest: int  # of the decodes, in tokens of the request; 0: their keys are not split
     chunks: TilePlan | None
+    output: torch.Tensor | None = None  # as a TilePlan's
+
+
+class StepLayout:
+    """A recorded step whose single tokens and longer chunks have tiles of their own. `output`: see `AttentionBackend.layout`."""
+
+    def __init__(self, most_requests: int, block_table: torch.Tensor, block_size: int, output: torch.Tensor) -> None:
+        # A request's last tile may be of a few tokens only.
+        self._num_tiles = most_requests, len(output) // _CHUNK_TILE + most_requests
+        self.num_numbers = 4 * sum(self._num_tiles)
+        self._most_requests = most_requests
+        self._block_table, self._block_size, self._output = block_table, block_size, output
+
+    def fits(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> bool:
+        longest = seq_lens[query_lens == 1].max(initial=0)
+        return len(query_lens) <= self._most_requests and bool(longest <= _MAX_UNSPLIT_KEYS)
+
+    def write(self, numbers: np.ndarray, rows: np.ndarray, query_lens: np.ndarray, computed: np.ndarray) -> None:
+        starts = np.cumsum(query_lens) - query_lens
+        parts = np.split(numbers, [4 * self._num_tiles[0]])
+        for part, chosen, tokens in zip(parts, (query_lens == 1, query_lens > 1), (1, _CHUNK_TILE), strict=True):
+            columns = rows[chosen], starts[chosen], query_lens[chosen], computed[chosen]
+            tiles = part.reshape(4, -1)
+            tiles[:] = _longest_first(make_tiles(*columns, tokens, num_tiles=tiles.shape[1]))
+
+    def plan(self, numbers: torch.Tensor) -> _StepPlan:
+        decodes, chunks = numbers.split([4 * count for count in self._num_tiles])
+        shared = self._block_table, self._block_size
+        return _StepPlan(
+            decodes=TilePlan(decodes.view(4, -1), *shared, tokens_per_tile=1, num_splits=1),
+            longest=0,
+            chunks=TilePlan(chunks.view(4, -1), *shared, tokens_per_tile=_CHUNK_TILE, num_splits=1),
+            output=self._output,
+        )
+
+
+def _longest_first(tiles: np.ndarray) -> np.ndarray:
+    """Tiles in the order in which they should begin: those that see most keys take longest."""
+    return np.take(tiles, np.argsort(-tiles[3], kind="stable"), axis=1)
 
 
 class SegmentPlan(NamedTuple):
@@ -133,14 +183,14 @@ class TritonBackend:
 
     @staticmethod
     def _tiles(metadata: AttentionMetadata, requests: np.ndarray, tokens_per_tile: int) -> TilePlan | None:
-        """Tiles of some requests of the step, those with most keys first: they take longest."""
+        """Tiles of some requests of the step."""
         if not len(requests):
             return None
         query_lens = metadata.query_lens[requests]
         starts = (np.cumsum(metadata.query_lens) - metadata.query_lens)[requests]
         computed = metadata.seq_lens[requests] - query_lens
         tiles = make_tiles(metadata.host_rows[requests], starts, query_lens, computed, tokens_per_tile)
-        on_device = upload(np.take(tiles, np.argsort(-tiles[3], kind="stable"), axis=1), metadata.block_table.device)
+        on_device = upload(_longest_first(tiles), metadata.block_table.device)
         return TilePlan(on_device, metadata.block_table, metadata.block_size, tokens_per_tile, num_splits=1)
 
     def forward(
@@ -153,7 +203,7 @@ class TritonBackend:
         scale: float,
     ) -> torch.Tensor:
         """Of a TilePlan too. Tokens in no tile of it have an undefined result."""
-        output = query.new_empty(query.shape) if not isinstance(plan, TilePlan) or plan.output is None else plan.output
+        output = query.new_empty(query.shape) if plan.output is None else plan.output
         if isinstance(plan, TilePlan):
             self._attend(query, kv_cache, plan, scale, output)
             return output
@@ -165,8 +215,8 @@ class TritonBackend:
             self._attend(query, kv_cache, plan.chunks, scale, output)
         return output
 
-    def layout(self, most_requests: int, block_table: torch.Tensor, block_size: int, output: torch.Tensor) -> None:
-        """Not worth it: a launch of ours costs the host less."""
+    def layout(self, most_requests: int, block_table: torch.Tensor, block_size: int, output: torch.Tensor) -> StepLayout:
+        return StepLayout(most_requests, block_table, block_size, output)
 
     def _attend(self, query: torch.Tensor, kv_cache: torch.Tensor, plan: TilePlan, scale: float, output: torch.Tensor) -> None:
         self._paged.paged_attention(
@@ -187,9 +237,10 @@ class TritonBackend:
         long_on_cuda = device.type == "cuda" and longest > self.max_window
         return SegmentPlan(segments, cumulative(seqlens, device, num_segments) if long_on_cuda else None, longest)
 
-    def varlen(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: SegmentPlan, scale: float
-    ) -> torch.Tensor:
+    def varlen(self, qkv: torch.Tensor, plan: SegmentPlan, scale: float, rope: Rope | None = None) -> torch.Tensor:
+        if plan.longest <= self.max_window:  # whose kernel rotates
+            return self._varlen.varlen_attention(*split_rotated(qkv, None), plan.kernel, scale, rope)
+        query, key, value = split_rotated(qkv, rope)
         if plan.cu_seqlens is None or query.dtype == torch.float32 or query.shape[-1] % 8:
             return self._varlen.varlen_attention(query, key, value, plan.kernel, scale)
         from torch.nn.attention.varlen import varlen_attn
