@@ -27,7 +27,7 @@ from mmv1.runner.platform import Platform
 _TILED_SIZES = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 129, 16), *range(160, 257, 32), 320, 384, 448, 512)
 GRAPH_SIZES = (*_TILED_SIZES, *range(640, 4097, 128))
 MOST_TILED = _TILED_SIZES[-1]
-_MOST_REQUESTS = 256  # of a larger recorded step
+_MOST_REQUESTS = 128  # of a larger recorded step; room for more would cost every step, used or not
 
 
 class _Recorded(NamedTuple):
@@ -35,7 +35,7 @@ class _Recorded(NamedTuple):
     layout: RecordedLayout
     inputs: torch.Tensor  # int32, flat: TokenColumns of `size` tokens, then the layout's numbers
     replay: Callable[[], object]
-    hidden: torch.Tensor  # [size, hidden]
+    hidden: torch.Tensor  # [size, hidden], memory of all recordings together
 
 
 class StepForward:
@@ -80,6 +80,7 @@ class StepForward:
         # Padding is attended to by nobody: its rows keep what an earlier step put there, or these zeroes. So what padding writes
         # to the null block is finite, which a backend that multiplies masked values by 0 relies on.
         attended = self._kv_caches[0].new_zeros(max(sizes, default=0), layer.num_heads, layer.head_dim)
+        hidden: torch.Tensor | None = None
         for size in sorted(sizes, reverse=True):
             backend, layout = self._lay_out(size, attended[:size])
             if layout is None:
@@ -89,8 +90,10 @@ class StepForward:
             inputs[2 * size : 3 * size].fill_(-1)
             columns, numbers = inputs.split([num_columns, layout.num_numbers])
             run = partial(self._run_recorded, columns.view(-1, size), backend, layout, numbers)
-            run()  # loads the kernels, which a recording cannot
-            self._recorded[size] = _Recorded(size, layout, inputs, *recorder.record(run))
+            result = run()  # loads the kernels, which a recording cannot
+            hidden = result.new_empty(result.shape) if hidden is None else hidden
+            replay, output = recorder.record(partial(_copy, run, hidden[:size]))
+            self._recorded[size] = _Recorded(size, layout, inputs, replay, output)
         self._sizes = sorted(self._recorded)
 
     def _lay_out(self, size: int, attended: torch.Tensor) -> tuple[AttentionBackend, RecordedLayout | None]:
@@ -151,3 +154,7 @@ class StepForward:
         embedded = self._model.embed(input_ids, columns.image_rows, self._image_embeddings)
         attention = PagedAttention(backend, plan, self._kv_caches, columns.slot_mapping)
         return self._model.forward(embedded, columns.positions, attention)
+
+
+def _copy(run: Callable[[], torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    return target.copy_(run())

@@ -85,9 +85,10 @@ def test_a_recorded_launch_serves_other_lengths(shape: str, num_splits: int) -> 
 def test_a_recorded_layout_serves_other_steps(name: str, shape: str) -> None:
     """More room than requests, fewer tokens than room; rows of no request stay as they were."""
     setting = make_setting(name, torch.bfloat16, shape)
-    steps = [[(900, 1), (3, 1), (0, 400)], [(0, 130), (1, 1), (300, 260), (64, 2)], [(1000, 600)], [(4000, 3), (15, 1)]]
+    steps = [[(900, 1), (3, 1), (0, 400)], [(0, 130), (1, 1), (300, 260), (64, 2)], [(1000, 640)], [(4000, 3), (15, 1)],
+             [(7 * i, 1 + i % 9) for i in range(128)]]  # fmt: skip
     cases = [make_case(setting, step, seed=i) for i, step in enumerate(steps)]
-    size, most_requests = 640, 256
+    size, most_requests = 640, 128
     query = torch.zeros(size, *cases[0].query.shape[1:], dtype=torch.bfloat16, device=setting.device)
     most_blocks = max(case.kv_cache.shape[1] for case in cases)
     kv_cache = torch.zeros(2, most_blocks, *cases[0].kv_cache.shape[2:], dtype=torch.bfloat16, device=setting.device)

@@ -9,7 +9,7 @@ import torch
 from mmv1.errors import ConfigError
 from mmv1.runner.attention import flash, installed_backends, make_backend
 from mmv1.runner.attention.flash import FlashFunctions
-from mmv1.runner.attention.triton import choose_num_splits, cumulative, make_tiles, small_tile_tokens
+from mmv1.runner.attention.triton import StepLayout, choose_num_splits, cumulative, make_tiles, small_tile_tokens
 from tests.runner.attention_suite import (  # noqa: F401
     SCALE,
     Setting,
@@ -112,7 +112,17 @@ def test_flash_leaves_long_blocks_to_our_kernel(monkeypatch: pytest.MonkeyPatch)
     setting = Setting(flash.FlashBackend(), CPU, torch.float32, Shape(6, 2, 16, 128))
     case = make_case(setting, [(140, 1), (0, 33), (31, 2)])
     setting.assert_close(case.run(setting.backend), case.expected)
-    assert setting.backend.layout(4, case.metadata.block_table, 128, case.query) is None
+    assert isinstance(setting.backend.layout(4, case.metadata.block_table, 128, case.query), StepLayout)
+
+
+@pytest.mark.parametrize("can_be", [True, False])
+def test_flash_is_recorded_where_it_writes_where_it_is_told(monkeypatch: pytest.MonkeyPatch, can_be: bool) -> None:
+    package = FlashFunctions(lambda *_: pytest.fail("paged"), can_be, lambda *_: pytest.fail("segments"))
+    monkeypatch.setattr(flash, "load", lambda: package)
+    layout = flash.FlashBackend().layout(4, torch.zeros(4, 8, dtype=torch.int32), 16, torch.zeros(640, 4, 16))
+    assert (layout is not None) == can_be
+    if layout is not None:
+        assert [layout.fits(np.full(count, 9), np.full(count, 90_000)) for count in (1, 4, 5)] == [True, True, False]
 
 
 def test_a_backend_that_does_not_exist_is_refused() -> None:

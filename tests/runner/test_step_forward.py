@@ -79,7 +79,7 @@ def test_recorded_steps_answer_as_launched_ones(
 
 def attend_in_plain_torch(query: torch.Tensor, kv_cache: torch.Tensor, plan: Any, scale: float) -> torch.Tensor:
     """What FlashAttention's function does with a plan, which it reads from the plan's tensors alone."""
-    output = torch.empty_like(query) if plan.output is None else plan.output
+    output = torch.full_like(query, float("nan")) if plan.output is None else plan.output
     keys, values = kv_cache.flatten(1, 2).repeat_interleave(query.shape[1] // kv_cache.shape[3], dim=2)
     starts, block_size = plan.query_start_loc.tolist(), kv_cache.shape[2]
     for start, end, seq_len, pages in zip(starts, starts[1:], plan.seq_lens.tolist(), plan.page_table, strict=False):
@@ -89,6 +89,9 @@ def attend_in_plain_torch(query: torch.Tensor, kv_cache: torch.Tensor, plan: Any
         heads = (x.transpose(0, 1) for x in (query[start:end], keys[slots], values[slots]))
         output[start:end] = F.scaled_dot_product_attention(*heads, attn_mask=sees, scale=scale).transpose(0, 1)
     return output
+
+
+PACKAGE = flash.FlashFunctions(attend_in_plain_torch, True, lambda *_: pytest.fail("a tower attended by it"))
 
 
 @pytest.mark.parametrize("backend", [flash.FlashBackend, TritonBackend])
@@ -102,10 +105,10 @@ def test_large_steps_are_recorded_where_the_backend_can_be(
 ) -> None:
     """All but the smallest attend as the backend does, with more requests in a step than there is room for too."""
     expected = answers(make_driver(), prompts)
-    package = flash.FlashFunctions(attend_in_plain_torch, True, lambda *_: pytest.fail("a tower attended by it"))
-    monkeypatch.setattr(flash, "load", lambda: package)
+    monkeypatch.setattr(flash, "load", lambda: PACKAGE)
     monkeypatch.setattr("mmv1.runner.step_forward.MOST_TILED", 1)
     monkeypatch.setattr("mmv1.runner.step_forward._MOST_REQUESTS", most_requests)
+    monkeypatch.setattr("mmv1.runner.attention.triton._MAX_TILE_KEYS", 0)  # of small steps only
     driver = make_driver()
     driver.worker._runner._forward._backend = backend()
     driver.worker._runner.record((*SIZES, 40))
@@ -126,8 +129,9 @@ def test_a_backend_that_cannot_be_recorded_leaves_large_steps_as_they_are(
     assert driver.worker._runner._forward._sizes == [1, 4]
 
 
+@pytest.mark.parametrize("most_tiled", [512, 1])
 def test_padding_leaves_the_null_block_finite(
-    make_driver: MakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+    make_driver: MakeDriver, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch, most_tiled: int
 ) -> None:
     """Even when whatever memory is handed out is full of NaN."""
 
@@ -137,7 +141,10 @@ def test_padding_leaves_the_null_block_finite(
         return like.new_full(size, float("nan") if is_float else 0, **options)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", full_of_nan)
+    monkeypatch.setattr(flash, "load", lambda: PACKAGE)
+    monkeypatch.setattr("mmv1.runner.step_forward.MOST_TILED", most_tiled)
     driver = make_driver()
+    driver.worker._runner._forward._backend = flash.FlashBackend()
     driver.worker._runner.record([24])
     driver.add("a", prompts[0])
     driver.step({"a": 7})

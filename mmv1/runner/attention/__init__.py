@@ -11,7 +11,7 @@ from mmv1.runner.attention import flash
 from mmv1.runner.attention.backend import AttentionBackend
 
 BACKENDS = ("flash", "sdpa", "triton")
-_HOPPER = (9, 0)
+_FLASH_CAPABILITIES = (9, 0), (12, 0)  # from Hopper on, below the Blackwell of workstations, where it has no paged cache
 
 
 def installed_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -20,7 +20,8 @@ def installed_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
     if device.type != "cuda":
         return ["sdpa", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["sdpa"]
     is_half = dtype in (torch.bfloat16, torch.float16)
-    has_flash = is_half and torch.cuda.get_device_capability(device) >= _HOPPER and flash.is_installed()
+    first, beyond = _FLASH_CAPABILITIES
+    has_flash = is_half and first <= torch.cuda.get_device_capability(device) < beyond and flash.is_installed()
     return ["flash", "triton", "sdpa"] if has_flash else ["triton", "sdpa"]
 
 

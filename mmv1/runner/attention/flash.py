@@ -7,8 +7,9 @@ nothing is imported before `load`, which the first call does if nobody has befor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from mmv1.errors import ConfigError
 from mmv1.models.interface import SegmentRoom
 from mmv1.models.layers.rotary import Rope
-from mmv1.runner.attention.backend import AttentionMetadata, split_rotated
+from mmv1.runner.attention.backend import AttentionMetadata, RecordedLayout, split_rotated
 from mmv1.runner.attention.triton import SegmentPlan, TritonBackend
 
 # Blocks of more tokens may be as long as a tile of keys, which the package then reads whole, with what nobody has written in it:
@@ -64,14 +65,18 @@ def load() -> FlashFunctions:
 
 
 def _load_cute() -> FlashFunctions:
-    from flash_attn.cute import flash_attn_varlen_func
-    from flash_attn.cute.interface import _flash_attn_fwd  # which alone can write to memory that is there
+    from flash_attn.cute import flash_attn_varlen_func, interface
+
+    # This one can write to memory that is there, which a recording needs. It is no promise of the package's.
+    into: Any = getattr(interface, "_flash_attn_fwd", None)
+    can_be_recorded = into is not None and "out" in signature(into).parameters
 
     def paged(query: torch.Tensor, kv_cache: torch.Tensor, plan: _PagedPlan, scale: float) -> torch.Tensor:
-        return _first(_flash_attn_fwd(
+        function = flash_attn_varlen_func if plan.output is None else partial(into, out=plan.output)
+        # The longest query is not said: whether it is short would make two kernels of one, and the second while requests wait.
+        return _first(function(
             query, kv_cache[0], kv_cache[1], cu_seqlens_q=plan.query_start_loc, seqused_k=plan.seq_lens,
-            max_seqlen_q=plan.max_query_len, page_table=plan.page_table, softmax_scale=scale, causal=True, num_splits=1,
-            out=plan.output,
+            page_table=plan.page_table, softmax_scale=scale, causal=True, num_splits=1,
         ))  # fmt: skip
 
     def segments(
@@ -82,7 +87,7 @@ def _load_cute() -> FlashFunctions:
             max_seqlen_k=plan.longest, softmax_scale=scale,
         ))  # fmt: skip
 
-    return FlashFunctions(paged, True, segments)
+    return FlashFunctions(paged, can_be_recorded, segments)
 
 
 def _load_interface() -> FlashFunctions:
@@ -152,10 +157,10 @@ class FlashBackend:
 
     def layout(
         self, most_requests: int, block_table: torch.Tensor, block_size: int, output: torch.Tensor
-    ) -> FlashLayout | None:
-        if block_size > _MOST_BLOCK_TOKENS or not load().can_be_recorded:
-            return None
-        return FlashLayout(most_requests, block_table, output)
+    ) -> RecordedLayout | None:
+        if block_size > _MOST_BLOCK_TOKENS:
+            return self._triton.layout(most_requests, block_table, block_size, output)
+        return FlashLayout(most_requests, block_table, output) if load().can_be_recorded else None
 
     def forward(
         self,
