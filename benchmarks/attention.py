@@ -23,7 +23,6 @@ import torch
 from benchmarks.environment import describe
 from mmv1.kernels.paged_attention import TileConfig, paged_attention
 from mmv1.kernels.varlen_attention import make_segments, varlen_attention
-from mmv1.models.layers.rotary import Rope
 from mmv1.runner.attention import installed_backends, make_backend
 from mmv1.runner.attention.backend import AttentionMetadata
 from mmv1.runner.attention.triton import choose_num_splits, make_tiles, small_tile_tokens
@@ -148,7 +147,7 @@ def measure_segments(results: dict[str, Any], backends: list[str]) -> None:
     for name, seqlens in SEGMENTS.items():
         num_patches = sum(seqlens)
         qkv = torch.randn(num_patches, 3 * VISION_HEADS, VISION_DIM, device=DEVICE, dtype=torch.bfloat16)
-        angles = torch.randn(2, num_patches, VISION_DIM // 2, device=DEVICE)
+        query, key, value = qkv.split(VISION_HEADS, dim=1)
         gigabytes = num_patches * 4 * VISION_HEADS * VISION_DIM * 2 / 1e9
         teraflops = sum(4 * VISION_HEADS * VISION_DIM * length**2 for length in seqlens) / 1e12
         scale = VISION_DIM**-0.5
@@ -156,16 +155,12 @@ def measure_segments(results: dict[str, Any], backends: list[str]) -> None:
             backend = make_backend(kind, DEVICE)
             plan = backend.plan_varlen(seqlens, DEVICE)
             measure(
-                results, name, kind, lambda: backend.varlen(qkv, plan, scale), gigabytes, teraflops  # noqa: B023
-            )  # fmt: skip
-            measure(
-                results, name, f"{kind}, rotated", lambda: backend.varlen(qkv, plan, scale, Rope(*angles)),  # noqa: B023
-                gigabytes, teraflops,
+                results, name, kind, lambda: backend.varlen(query, key, value, plan, scale), gigabytes, teraflops  # noqa: B023
             )  # fmt: skip
         segments = torch.from_numpy(make_segments(seqlens, max(seqlens))).to(DEVICE)
         measure(
             results, name, "our kernel",
-            lambda: varlen_attention(*qkv.split(VISION_HEADS, dim=1), segments, scale),  # noqa: B023
+            lambda: varlen_attention(query, key, value, segments, scale),  # noqa: B023
             gigabytes, teraflops,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ def choose_config(rows: int, itemsize: int) -> TileConfig:
     if itemsize > 2:  # float32: tiles of twice the bytes
         return TileConfig(32, 4 if rows <= 64 else 8, 2)
     if rows <= 16:
-        return TileConfig(64, 4, 5)
+        return TileConfig(32, 1, 5)
     return TileConfig(64, 4, 3) if rows <= 64 else TileConfig(64, 8, 3)
 
 

@@ -49,7 +49,7 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 @triton.jit
-def rotate_halves(first, second, cos, sin, dtype: tl.constexpr):
+def _rotate(first, second, cos, sin, dtype: tl.constexpr):
     """Both halves of heads, turned; products rounded to `dtype`, that of separate torch operations."""
     turned = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
     return turned, (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
@@ -90,7 +90,7 @@ def _rotate_and_store_kernel(
         second = ((second * inverse).to(dtype).to(tl.float32) * scale).to(dtype).to(tl.float32)
     turn = tl.load(cos + token * cos_stride + pair, mask=pair < half, other=0.0).to(tl.float32)
     lift = tl.load(sin + token * sin_stride + pair, mask=pair < half, other=0.0).to(tl.float32)
-    first, second = rotate_halves(first, second, turn, lift, cos.dtype.element_ty)
+    first, second = _rotate(first, second, turn, lift, cos.dtype.element_ty)
     first, second = first.to(dtype), second.to(dtype)
 
     query_place = query + (token * num_heads + head) * (2 * half) + pair
@@ -119,6 +119,6 @@ def _rotate_kernel(
     second = tl.load(place + half, mask=inside, other=0.0).to(tl.float32)
     turn = tl.load(cos + token * cos_stride + pair, mask=pair < half, other=0.0).to(tl.float32)
     lift = tl.load(sin + token * sin_stride + pair, mask=pair < half, other=0.0).to(tl.float32)
-    first, second = rotate_halves(first, second, turn, lift, tl.float32)
+    first, second = _rotate(first, second, turn, lift, tl.float32)
     tl.store(place, first.to(dtype), mask=inside)
     tl.store(place + half, second.to(dtype), mask=inside)

@@ -1,8 +1,8 @@
 """Attention inside segments of a packed sequence, every token of a segment to every other (vision towers).
 
 Segments of at most 64 tokens, Qwen2.5-VL's windows, take one program per segment and head: all keys are in one tile and the
-softmax needs no second look. It rotates queries and keys on the way, and multiplies them as it rotates them, half by half.
-Longer ones are cut in tiles of queries that go over their segment's keys (FlashAttention-2, Dao, 2023).
+softmax needs no second look. Longer ones are cut in tiles of queries that go over their segment's keys (FlashAttention-2, Dao,
+2023).
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ import triton
 import triton.language as tl
 
 from mmv1.kernels.flash_tile import LOG2_E, load_rows, online_softmax, padded_head_dim, store_rows
-from mmv1.kernels.rotary import rotate_halves
 
 MAX_WINDOW = 64
 _BLOCK_M, _BLOCK_N = 128, 64
-_LEAST_HALF = 32  # columns of a product; see padded_head_dim
 
 
 @triton.jit(do_not_specialize=["segments_stride"], do_not_specialize_on_alignment=["segments"])
 def _window_kernel(
     query, key, value, output, segments, scale, segments_stride,
-    query_stride, key_stride, value_stride, output_stride, cos, sin, cos_stride, sin_stride,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROTATES: tl.constexpr,
+    query_stride, key_stride, value_stride, output_stride,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, segment = tl.program_id(0), tl.program_id(1)
     start = tl.load(segments + segment)
@@ -37,18 +35,9 @@ def _window_kernel(
     query_offsets = token * query_stride + head * HEAD_DIM
     key_offsets = token * key_stride + head * HEAD_DIM
     value_offsets = token * value_stride + head * HEAD_DIM
-    first_q = load_rows(query, query_offsets, inside, HALF, HEAD_DIM // 2, True)
-    second_q = load_rows(query + HEAD_DIM // 2, query_offsets, inside, HALF, HEAD_DIM // 2, True)
-    first_k = load_rows(key, key_offsets, inside, HALF, HEAD_DIM // 2, True)
-    second_k = load_rows(key + HEAD_DIM // 2, key_offsets, inside, HALF, HEAD_DIM // 2, True)
-    if ROTATES:
-        turn = load_rows(cos, token * cos_stride, inside, HALF, HEAD_DIM // 2, True)
-        lift = load_rows(sin, token * sin_stride, inside, HALF, HEAD_DIM // 2, True)
-        dtype = query.dtype.element_ty
-        first_q, second_q = _rotated(first_q, second_q, turn, lift, dtype)
-        first_k, second_k = _rotated(first_k, second_k, turn, lift, dtype)
-    scores = tl.dot(first_q, tl.trans(first_k), input_precision="tf32x3")
-    scores = tl.dot(second_q, tl.trans(second_k), scores, input_precision="tf32x3")
+    q = load_rows(query, query_offsets, inside, DIM, HEAD_DIM, True)
+    k = load_rows(key, key_offsets, inside, DIM, HEAD_DIM, True)
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     scores = tl.where(inside[None, :], scores * scale, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
     total = tl.sum(weights, 1)
@@ -57,14 +46,6 @@ def _window_kernel(
     v = load_rows(value, value_offsets, inside, DIM, HEAD_DIM, True)
     attended = tl.dot(weights, v, input_precision="tf32x3") / total[:, None]
     store_rows(output, offsets, attended, inside, DIM, HEAD_DIM)
-
-
-@triton.jit
-def _rotated(first, second, turn, lift, dtype: tl.constexpr):
-    first, second = rotate_halves(first.to(tl.float32), second.to(tl.float32), turn, lift, tl.float32)
-    return first.to(dtype), second.to(dtype)
-
-
 @triton.jit
 def _attend_keys(
     query, acc, maximum, total, start, stop, keys_base, values_base, key_stride, value_stride, scale,
@@ -118,8 +99,6 @@ def _segment_kernel(
     )  # fmt: skip
     offsets = token * output_stride + head * HEAD_DIM
     store_rows(output, offsets, acc / total[:, None], valid, DIM, HEAD_DIM)
-
-
 def make_segments(seqlens: Sequence[int], longest: int, num_segments: int | None = None) -> np.ndarray:
     """int32 [2, n] for segments of at most `longest` <= MAX_WINDOW tokens: first token, length. Else int32 [3, tiles]: first
     token and length of the segment, and the tile's first query. `num_segments`: with room for as many, and for `longest` tokens
@@ -140,17 +119,10 @@ def _padded(columns: np.ndarray, count: int | None) -> np.ndarray:
 
 
 def varlen_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: torch.Tensor,
-    scale: float,
-    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """query, key, value: [N, H, D], the heads of a token side by side, tokens any distance apart. segments: `make_segments` of
-    their lengths, on the device. angles, in windows only: cosines and sines, float32 [N, D / 2] each, that queries and keys are
-    rotated by first. Returns [N, H, D], contiguous. Raises ValueError for heads that lie apart, and for angles of long segments.
-    """
+    their lengths, on the device. Returns [N, H, D], contiguous. Raises ValueError for heads that lie apart."""
     _, num_heads, head_dim = query.shape
     if any(x.stride()[1:] != (head_dim, 1) for x in (query, key, value)):
         raise ValueError("varlen_attention: the heads of a token must lie side by side")
@@ -161,13 +133,7 @@ def varlen_attention(
     arguments = (query, key, value, output, segments, scale * LOG2_E, segments.stride(0), *strides)
     grid = (num_heads, segments.shape[1])
     if segments.shape[0] == 2:
-        cos, sin = angles or (query, query)
-        half = max(_LEAST_HALF, triton.next_power_of_2(head_dim // 2))
-        rotates = angles is not None
-        arguments = (*arguments, cos, sin, cos.stride(0), sin.stride(0))
-        _window_kernel[grid](*arguments, head_dim, padded, half, MAX_WINDOW, rotates, num_warps=4)
-    elif angles is not None:
-        raise ValueError("varlen_attention: only windows are rotated here")
+        _window_kernel[grid](*arguments, head_dim, padded, MAX_WINDOW, num_warps=4)
     else:
         block_n, num_stages = (32, 2) if is_wide else (_BLOCK_N, 3)
         _segment_kernel[grid](*arguments, head_dim, padded, _BLOCK_M, block_n, num_warps=8, num_stages=num_stages)

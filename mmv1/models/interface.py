@@ -68,9 +68,8 @@ class VarlenAttention(Protocol):
         have an undefined result."""
         ...
 
-    def varlen(self, qkv: torch.Tensor, plan: Any, scale: float, rope: Rope | None = None) -> torch.Tensor:
-        """`qkv` [N, 3 H, D]: all queries of a token, then its keys, then its values; N is the sum of the planned lengths. `rope`,
-        float32: queries and keys are rotated first, perhaps where they are. Returns [N, H, D]."""
+    def varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Any, scale: float) -> torch.Tensor:
+        """`query`, `key` and `value` are [N, H, D]; N is the sum of the planned lengths. Returns [N, H, D]."""
         ...
 
 

@@ -18,7 +18,14 @@ import torch
 
 from mmv1.models.interface import Model
 from mmv1.runner.attention.backend import AttentionBackend, AttentionMetadata, PagedAttention, RecordedLayout
-from mmv1.runner.attention.triton import TileLayout, TritonBackend, choose_num_splits, num_multiprocessors, small_tile_tokens
+from mmv1.runner.attention.triton import (
+    UNEVEN_SPLITS,
+    TileLayout,
+    TritonBackend,
+    choose_num_splits,
+    num_multiprocessors,
+    small_tile_tokens,
+)
 from mmv1.runner.input_batch import DeviceTable, StepInputs, TokenColumns
 from mmv1.runner.platform import Platform
 
@@ -60,7 +67,7 @@ class StepForward:
         self._block_table = block_table
         self._image_embeddings = image_embeddings
         self._block_size = block_size
-        self._recorded: dict[int, _Recorded] = {}
+        self._recorded: dict[int, list[_Recorded]] = {}  # by size; of one size the first that fits is the best
         self._sizes: list[int] = []  # recorded, in order
         layer = model.attention_layers[0]
         self._num_columns = 3 + model.num_position_axes  # of TokenColumns
@@ -82,28 +89,30 @@ class StepForward:
         attended = self._kv_caches[0].new_zeros(max(sizes, default=0), layer.num_heads, layer.head_dim)
         hidden: torch.Tensor | None = None
         for size in sorted(sizes, reverse=True):
-            backend, layout = self._lay_out(size, attended[:size])
-            if layout is None:
-                continue
-            num_columns = self._num_columns * size
-            inputs = torch.zeros(num_columns + layout.num_numbers, dtype=torch.int32, device=self._platform.device)
-            inputs[2 * size : 3 * size].fill_(-1)
-            columns, numbers = inputs.split([num_columns, layout.num_numbers])
-            run = partial(self._run_recorded, columns.view(-1, size), backend, layout, numbers)
-            result = run()  # loads the kernels, which a recording cannot
-            hidden = result.new_empty(result.shape) if hidden is None else hidden
-            replay, output = recorder.record(partial(_copy, run, hidden[:size]))
-            self._recorded[size] = _Recorded(size, layout, inputs, replay, output)
+            backend, layouts = self._lay_out(size, attended[:size])
+            for layout in layouts:
+                num_columns = self._num_columns * size
+                inputs = torch.zeros(num_columns + layout.num_numbers, dtype=torch.int32, device=self._platform.device)
+                inputs[2 * size : 3 * size].fill_(-1)
+                columns, numbers = inputs.split([num_columns, layout.num_numbers])
+                run = partial(self._run_recorded, columns.view(-1, size), backend, layout, numbers)
+                result = run()  # loads the kernels, which a recording cannot
+                hidden = result.new_empty(result.shape) if hidden is None else hidden
+                replay, output = recorder.record(partial(_copy, run, hidden[:size]))
+                self._recorded.setdefault(size, []).append(_Recorded(size, layout, inputs, replay, output))
         self._sizes = sorted(self._recorded)
 
-    def _lay_out(self, size: int, attended: torch.Tensor) -> tuple[AttentionBackend, RecordedLayout | None]:
+    def _lay_out(self, size: int, attended: torch.Tensor) -> tuple[AttentionBackend, Sequence[RecordedLayout]]:
         table = self._block_table.tensor
         if size > MOST_TILED:
             most_requests = min(len(table), _MOST_REQUESTS)
-            return self._backend, self._backend.layout(most_requests, table, self._block_size, attended)
+            layout = self._backend.layout(most_requests, table, self._block_size, attended)
+            return self._backend, [] if layout is None else [layout]
         most_keys = self._block_table.width * self._block_size
         splits = choose_num_splits(size, self._num_kv_heads, most_keys, num_multiprocessors(self._platform.device))
-        return TritonBackend(), TileLayout(size, table, self._block_size, self._tile_tokens, splits, attended)
+        each = size, table, self._block_size, self._tile_tokens
+        even = TileLayout(*each, splits, attended)
+        return TritonBackend(), [even] if splits >= UNEVEN_SPLITS else [even, TileLayout(*each, UNEVEN_SPLITS, attended)]
 
     def _run_recorded(
         self, columns: torch.Tensor, backend: AttentionBackend, layout: RecordedLayout, numbers: torch.Tensor
@@ -114,8 +123,8 @@ class StepForward:
         place = bisect_left(self._sizes, inputs.num_tokens)
         if place == len(self._sizes):
             return None
-        recorded = self._recorded[self._sizes[place]]
-        return recorded if recorded.layout.fits(inputs.query_lens, inputs.seq_lens) else None
+        fitting = (one for one in self._recorded[self._sizes[place]] if one.layout.fits(inputs.query_lens, inputs.seq_lens))
+        return next(fitting, None)
 
     def _replay(self, recorded: _Recorded, inputs: StepInputs) -> torch.Tensor:
         staging = self._platform.staging(len(recorded.inputs), dtype=torch.int32)

@@ -21,7 +21,6 @@ from tests.runner.attention_suite import (  # noqa: F401
     test_layers_have_caches_of_their_own_and_keep_what_is_new,
     test_padded_tiles_do_nothing,
     test_segments,
-    test_segments_that_are_rotated_first,
     test_step,
     test_tiles,
     test_with_a_fixed_grid_others_change_no_bit,
@@ -132,7 +131,7 @@ def test_real_sizes(name: str) -> None:
     qkv = torch.randn(5476, 3 * 16, 80, generator=generator).to(setting.device, torch.bfloat16)
     for seqlens in ([5476], [64] * 85 + [36]):
         results = [
-            backend.varlen(qkv, backend.plan_varlen(seqlens, setting.device), SCALE)
+            backend.varlen(*qkv.split(16, dim=1), backend.plan_varlen(seqlens, setting.device), SCALE)
             for backend in (setting.backend, reference)
         ]
         setting.assert_close(results[0], results[1].float())

@@ -102,8 +102,6 @@ def compile_attention() -> None:
         query, key, value = random(8, 3 * 16, head_dim, dtype=dtype).split(16, dim=1)
         for seqlens in ([8], [80]):
             varlen_attention(query, key, value, torch.from_numpy(make_segments(seqlens, max(seqlens))), 0.1)
-        angle = random(8, head_dim // 2, dtype=torch.float32)
-        varlen_attention(query, key, value, torch.from_numpy(make_segments([8], 8)), 0.1, (angle, angle))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import tests.interpreter  # noqa: F401
-from mmv1.kernels import plain
 from mmv1.models.layers.rotary import Rope
 from mmv1.runner.attention.backend import AttentionBackend, AttentionMetadata, PagedAttention
 from mmv1.runner.attention.triton import TilePlan, make_tiles
@@ -259,25 +258,11 @@ def test_segments(setting: Setting, seqlens: list[int], head_dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     heads = 2
     qkv = torch.randn(sum(seqlens), 3 * heads, head_dim, generator=generator).to(setting.device, setting.dtype)
+    query, key, value = qkv.split(heads, dim=1)
     plan = setting.backend.plan_varlen(seqlens, setting.device)
-    parts = zip(*(x.split(seqlens) for x in qkv.split(heads, dim=1)), strict=True)
-    expected = torch.cat([reference(q, k, v, None) for q, k, v in parts])
-    setting.assert_close(setting.backend.varlen(qkv, plan, SCALE), expected)
-
-
-@pytest.mark.parametrize("seqlens", SEGMENTS, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 64, 72, 80])
-def test_segments_that_are_rotated_first(setting: Setting, seqlens: list[int], head_dim: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    num_tokens, heads = sum(seqlens), 2
-    qkv = torch.randn(num_tokens, 3 * heads, head_dim, generator=generator).to(setting.device, setting.dtype)
-    angles = (torch.randn(num_tokens, head_dim // 2, generator=generator) * 3).to(setting.device)
-    turned = qkv.clone()
-    plain.rotate_(turned[:, : 2 * heads], angles.cos(), angles.sin())
-    parts = zip(*(x.split(seqlens) for x in turned.split(heads, dim=1)), strict=True)
-    expected = torch.cat([reference(q, k, v, None) for q, k, v in parts])
-    plan = setting.backend.plan_varlen(seqlens, setting.device)
-    setting.assert_close(setting.backend.varlen(qkv, plan, SCALE, Rope(angles.cos(), angles.sin())), expected)
+    result = setting.backend.varlen(query, key, value, plan, SCALE)
+    parts = zip(*(x.split(seqlens) for x in (query, key, value)), strict=True)
+    setting.assert_close(result, torch.cat([reference(q, k, v, None) for q, k, v in parts]))
 
 
 @pytest.mark.parametrize("seqlens", [[16, 4, 30], [70, 3]], ids=str)
@@ -285,9 +270,9 @@ def test_a_segment_is_not_touched_by_its_neighbours(setting: Setting, seqlens: l
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(seqlens), 3 * 2, 64, generator=generator).to(setting.device, setting.dtype)
     plan = setting.backend.plan_varlen(seqlens, setting.device)
-    before = setting.backend.varlen(qkv, plan, SCALE)
+    before = setting.backend.varlen(*qkv.split(2, dim=1), plan, SCALE)
     qkv[seqlens[0] : seqlens[0] + seqlens[1]] = 1000.0
-    after = setting.backend.varlen(qkv, plan, SCALE)
+    after = setting.backend.varlen(*qkv.split(2, dim=1), plan, SCALE)
     others = [*range(seqlens[0]), *range(seqlens[0] + seqlens[1], sum(seqlens))]
     assert torch.equal(before[others], after[others])
     assert not torch.equal(before, after)

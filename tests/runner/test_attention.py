@@ -9,7 +9,15 @@ import torch
 from mmv1.errors import ConfigError
 from mmv1.runner.attention import flash, installed_backends, make_backend
 from mmv1.runner.attention.flash import FlashFunctions
-from mmv1.runner.attention.triton import StepLayout, choose_num_splits, cumulative, make_tiles, small_tile_tokens
+from mmv1.runner.attention.triton import (
+    UNEVEN_SPLITS,
+    StepLayout,
+    TileLayout,
+    choose_num_splits,
+    cumulative,
+    make_tiles,
+    small_tile_tokens,
+)
 from tests.runner.attention_suite import (  # noqa: F401
     SCALE,
     Setting,
@@ -25,7 +33,6 @@ from tests.runner.attention_suite import (  # noqa: F401
     test_layers_have_caches_of_their_own_and_keep_what_is_new,
     test_padded_tiles_do_nothing,
     test_segments,
-    test_segments_that_are_rotated_first,
     test_step,
     test_tiles,
     test_with_a_fixed_grid_others_change_no_bit,
@@ -67,8 +74,8 @@ def test_as_many_tokens_make_a_small_tile_as_fit_its_rows() -> None:
 
 def test_splits_keep_the_device_busy_and_are_worth_their_sum() -> None:
     assert choose_num_splits(num_tiles=512, num_kv_heads=4, max_seq_len=32768, num_sms=132) == 1  # busy without
-    assert choose_num_splits(num_tiles=64, num_kv_heads=4, max_seq_len=32768, num_sms=132) == 2
-    assert choose_num_splits(num_tiles=8, num_kv_heads=4, max_seq_len=32768, num_sms=132) == 16
+    assert choose_num_splits(num_tiles=64, num_kv_heads=2, max_seq_len=32768, num_sms=132) == 3
+    assert choose_num_splits(num_tiles=8, num_kv_heads=4, max_seq_len=32768, num_sms=132) == 12
     assert choose_num_splits(num_tiles=8, num_kv_heads=4, max_seq_len=1500, num_sms=132) == 11  # 128 keys each at least
     assert choose_num_splits(num_tiles=1, num_kv_heads=4, max_seq_len=100, num_sms=132) == 1
     assert choose_num_splits(num_tiles=1, num_kv_heads=1, max_seq_len=1 << 20, num_sms=132) == 64  # no end of it otherwise
@@ -80,6 +87,16 @@ def test_a_recorded_step_leaves_long_decodes_beside_chunks_to_launches_that_spli
     assert layout is not None
     steps = [([1, 500], [8192, 90_000]), ([1, 500], [8193, 600]), ([2, 500], [90_000, 600]), ([1] * 4, [9] * 4)]
     assert [layout.fits(*map(np.array, step)) for step in steps] == [True, False, True, False]
+
+
+def test_one_long_request_among_short_ones_is_read_in_more_parts() -> None:
+    table, output = torch.zeros(64, 8, dtype=torch.int32), torch.zeros(64, 28, 128)
+    few, many = (TileLayout(64, table, 16, 2, splits, output) for splits in (2, UNEVEN_SPLITS))
+    ones = np.ones(64, dtype=np.int64)
+    one_long = np.array([8193, *[1000] * 63])
+    steps = [(ones, ones * 1500), (ones, ones * 100_000), (ones, one_long), (ones, one_long - 1)]
+    assert [few.fits(*step) for step in steps] == [True, True, False, True]
+    assert all(many.fits(*step) for step in steps)
 
 
 def test_large_tiles_are_refused_where_no_kernel_takes_them(triton_setting: Setting) -> None:
@@ -98,10 +115,10 @@ def test_flash_leaves_heads_that_are_not_whole_words_to_our_kernel(monkeypatch: 
     seqlens = [70, 9]
     plan = backend.plan_varlen(seqlens, CPU)._replace(cu_seqlens=cumulative(seqlens, CPU))  # as on CUDA
     for head_dim in (24, 20):
-        qkv = torch.randn(79, 6, head_dim, generator=torch.Generator().manual_seed(0))
-        result = backend.varlen(qkv, plan, SCALE)
+        query, key, value = torch.randn(79, 6, head_dim, generator=torch.Generator().manual_seed(0)).split(2, dim=1)
+        result = backend.varlen(query, key, value, plan, SCALE)
     assert calls == [24]
-    parts = zip(*(x.split(seqlens) for x in qkv.split(2, dim=1)), strict=True)
+    parts = zip(*(x.split(seqlens) for x in (query, key, value)), strict=True)
     torch.testing.assert_close(result, torch.cat([reference(q, k, v, None) for q, k, v in parts]))
 
 

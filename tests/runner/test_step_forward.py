@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import tests.interpreter  # noqa: F401
 from examples.tiny_model import VISION_FAMILIES
 from mmv1.runner.attention import flash
-from mmv1.runner.attention.triton import TritonBackend
+from mmv1.runner.attention.triton import UNEVEN_SPLITS, TritonBackend
 from tests.runner.driver import Driver, Prompt, make_picture, make_prompt, patch_of
 
 MakeDriver = Callable[..., Driver]
@@ -118,6 +118,23 @@ def test_large_steps_are_recorded_where_the_backend_can_be(
     assert answers(driver, prompts, chunk=7) == expected
     assert max(requests for size, requests in replayed if size > 1) == min(most_requests, 4)
     assert max(size for size, _ in replayed) == (24 if most_requests > 4 else 4)
+
+
+@pytest.mark.parametrize("is_uneven", [False, True])
+def test_uneven_steps_are_replayed_in_more_parts(
+    make_driver: MakeDriver, prompts: list[Prompt], image_token_id: int, monkeypatch: pytest.MonkeyPatch, is_uneven: bool
+) -> None:
+    prompts = [*prompts, make_prompt([70], image_token_id=image_token_id)] if is_uneven else prompts
+    expected = answers(make_driver(), prompts)
+    monkeypatch.setattr("mmv1.runner.attention.triton._MAX_UNEVEN_KEYS", 0)
+    monkeypatch.setattr("mmv1.runner.attention.triton._KEYS_PER_SPLIT", 8)
+    driver = make_driver()
+    driver.worker._runner.record(SIZES)
+    forward, splits = driver.worker._runner._forward, []
+    replay = forward._replay
+    forward._replay = lambda one, inputs: splits.append(one.layout._plan.num_splits) or replay(one, inputs)  # type: ignore[method-assign]
+    assert answers(driver, prompts) == expected
+    assert set(splits) == {UNEVEN_SPLITS if is_uneven else 1}
 
 
 def test_a_backend_that_cannot_be_recorded_leaves_large_steps_as_they_are(

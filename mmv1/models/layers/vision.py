@@ -124,7 +124,9 @@ class VisionAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, rope: Rope, attention: VarlenAttention, plan: Any) -> torch.Tensor:
         qkv = self.qkv(hidden).unflatten(-1, (3 * self._num_heads, -1))  # [N, 3 heads, head_dim]
-        attended = attention.varlen(qkv, plan, self._scale, rope)
+        rotated = ops_for(qkv.device).rotate_(qkv[:, : 2 * self._num_heads], rope.cos, rope.sin)
+        query, key = rotated.chunk(2, dim=1)
+        attended = attention.varlen(query, key, qkv[:, 2 * self._num_heads :], plan, self._scale)
         return self.proj(attended.flatten(1))
 
 

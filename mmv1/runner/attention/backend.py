@@ -83,18 +83,9 @@ class AttentionBackend(Protocol):
         """As `plan`, for attention inside segments of these lengths, without a cache (vision towers)."""
         ...
 
-    def varlen(self, qkv: torch.Tensor, plan: Any, scale: float, rope: Rope | None = None) -> torch.Tensor:
-        """Every token sees its whole segment. See `interface.VarlenAttention.varlen`."""
+    def varlen(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Any, scale: float) -> torch.Tensor:
+        """Every token sees its whole segment. All are [N, H, D]; the inputs may be views of one product."""
         ...
-
-
-def split_rotated(qkv: torch.Tensor, rope: Rope | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values, [N, H, D] each, of `qkv` [N, 3 H, D], in which the first two are rotated."""
-    num_heads = qkv.shape[1] // 3
-    if rope is not None:
-        ops_for(qkv.device).rotate_(qkv[:, : 2 * num_heads], rope.cos, rope.sin)
-    query, key, value = qkv.split(num_heads, dim=1)
-    return query, key, value
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -17,8 +17,7 @@ import torch
 
 from mmv1.errors import ConfigError
 from mmv1.models.interface import SegmentRoom
-from mmv1.models.layers.rotary import Rope
-from mmv1.runner.attention.backend import AttentionMetadata, RecordedLayout, split_rotated
+from mmv1.runner.attention.backend import AttentionMetadata, RecordedLayout
 from mmv1.runner.attention.triton import SegmentPlan, TritonBackend
 
 # Blocks of more tokens may be as long as a tile of keys, which the package then reads whole, with what nobody has written in it:
@@ -178,8 +177,9 @@ class FlashBackend:
     def plan_varlen(self, seqlens: Sequence[int], device: torch.device, room: SegmentRoom | None = None) -> SegmentPlan:
         return self._triton.plan_varlen(seqlens, device, room)
 
-    def varlen(self, qkv: torch.Tensor, plan: SegmentPlan, scale: float, rope: Rope | None = None) -> torch.Tensor:
-        if plan.cu_seqlens is None or qkv.shape[-1] % 8:  # it reads heads 16 bytes at a time
-            return self._triton.varlen(qkv, plan, scale, rope)
-        query, key, value = split_rotated(qkv, rope)
+    def varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: SegmentPlan, scale: float
+    ) -> torch.Tensor:
+        if plan.cu_seqlens is None or query.shape[-1] % 8:  # it reads heads 16 bytes at a time
+            return self._triton.varlen(query, key, value, plan, scale)
         return load().segments(query, key, value, plan, scale)

@@ -15,8 +15,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from mmv1.models.interface import SegmentRoom
-from mmv1.models.layers.rotary import Rope
-from mmv1.runner.attention.backend import AttentionMetadata, split_rotated
+from mmv1.runner.attention.backend import AttentionMetadata
 
 _QUERY_TILE = 64
 
@@ -172,8 +171,9 @@ class SDPABackend:
                 plan.append(_Segments(torch.from_numpy(tokens).to(device, non_blocking=True), length))
         return plan
 
-    def varlen(self, qkv: torch.Tensor, plan: list[_Segments], scale: float, rope: Rope | None = None) -> torch.Tensor:
-        query, key, value = split_rotated(qkv, rope)
+    def varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: list[_Segments], scale: float
+    ) -> torch.Tensor:
         output = torch.empty_like(query)
         for tokens, length in plan:
             q, k, v = (

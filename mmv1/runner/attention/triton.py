@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from mmv1.models.interface import SegmentRoom
-from mmv1.models.layers.rotary import Rope
-from mmv1.runner.attention.backend import AttentionMetadata, split_rotated, upload
+from mmv1.runner.attention.backend import AttentionMetadata, upload
 
 _CHUNK_TILE = 128  # tokens of a tile of a chunk
 _SMALL_TILE_ROWS = 16  # the fewest query rows a product on tensor cores takes
@@ -19,10 +18,14 @@ _KEYS_PER_SPLIT = 128  # at least, else the sum of the parts costs more than is 
 # Small tiles read a request's keys once per tile of a few tokens. Beyond as many keys in a step, the chunks of it taken together,
 # that is no longer little beside the rest of the step.
 _MAX_TILE_KEYS = 400_000
+# A step's attention ends with its longest program. Where a request is far longer than the others, and its keys would make such a
+# program, all keys are read in more parts.
+UNEVEN_SPLITS = 16
+_MAX_UNEVEN_KEYS = 4096  # of one program, whatever the others have
 # Beside large chunks the keys of a recorded decode are not split: how many decodes there will be is not known. A program takes
 # some 0.1 ms for as many.
 _MAX_UNSPLIT_KEYS = 8192
-_PROGRAMS_PER_SM = 4
+_PROGRAMS_PER_SM = 3
 
 
 class TilePlan(NamedTuple):
@@ -94,8 +97,11 @@ class TileLayout:
         self._plan = TilePlan(torch.empty(0), block_table, block_size, tokens_per_tile, num_splits, output)
 
     def fits(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> bool:
-        chunks = query_lens > 1
-        return int((-(-query_lens[chunks] // self._plan.tokens_per_tile) * seq_lens[chunks]).sum()) <= _MAX_TILE_KEYS
+        chunks, num_splits = query_lens > 1, self._plan.num_splits
+        num_chunk_keys = int((-(-query_lens[chunks] // self._plan.tokens_per_tile) * seq_lens[chunks]).sum())
+        longest, usual = seq_lens.max() / num_splits, 2 * seq_lens.mean() / num_splits
+        is_even = num_splits >= UNEVEN_SPLITS or longest <= max(_MAX_UNEVEN_KEYS, usual)
+        return num_chunk_keys <= _MAX_TILE_KEYS and bool(is_even)
 
     def write(self, numbers: np.ndarray, rows: np.ndarray, query_lens: np.ndarray, computed: np.ndarray) -> None:
         tiles = numbers.reshape(4, -1)
@@ -237,10 +243,9 @@ class TritonBackend:
         long_on_cuda = device.type == "cuda" and longest > self.max_window
         return SegmentPlan(segments, cumulative(seqlens, device, num_segments) if long_on_cuda else None, longest)
 
-    def varlen(self, qkv: torch.Tensor, plan: SegmentPlan, scale: float, rope: Rope | None = None) -> torch.Tensor:
-        if plan.longest <= self.max_window:  # whose kernel rotates
-            return self._varlen.varlen_attention(*split_rotated(qkv, None), plan.kernel, scale, rope)
-        query, key, value = split_rotated(qkv, rope)
+    def varlen(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: SegmentPlan, scale: float
+    ) -> torch.Tensor:
         if plan.cu_seqlens is None or query.dtype == torch.float32 or query.shape[-1] % 8:
             return self._varlen.varlen_attention(query, key, value, plan.kernel, scale)
         from torch.nn.attention.varlen import varlen_attn
