@@ -35,7 +35,8 @@ class ExpertsTiles(NamedTuple):
 
 def experts_tiles(num_tokens: int, dtype: torch.dtype) -> ExpertsTiles:
     """By the number of tokens alone, so that recorded steps and one of the whole budget meet every tile before requests come.
-    Reckoned for an H100, not yet measured on one (benchmarks/moe.py)."""
+    Reckoned for an H100. On an H200, at Qwen3-30B-A3B's shapes (benchmarks/moe.py), 1.5 to 3 times as fast as torch's grouped
+    products at every size; up to 512 tokens all there is to do is to read the weights, at 4,096 half of the products' rate."""
     if dtype == torch.float32:
         return ExpertsTiles(16, 32, 32, 32, 1, 4, 2)
     if num_tokens <= 64:
