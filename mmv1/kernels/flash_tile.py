@@ -9,9 +9,9 @@ LOG2_E = 1.4426950408889634  # scores are scaled by it, so that exp2, which the 
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """What a head takes in a product: a power of two. Two products of sizes that add up, 80 = 64 + 16, would waste less, but
-    Triton 3.6 compiles those of 16 columns wrongly for Hopper: they read shared memory that is not theirs."""
-    return max(16, triton.next_power_of_2(head_dim))
+    """What a head takes in a product: a power of two, at least 32. Two products of sizes that add up, 80 = 64 + 16, would waste
+    less, but Triton 3.6 compiles those of 16 columns wrongly for Hopper: they read shared memory that is not theirs."""
+    return max(32, triton.next_power_of_2(head_dim))
 
 
 @triton.jit

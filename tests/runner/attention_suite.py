@@ -136,7 +136,7 @@ def test_heads(setting: Setting, group: int, kv_heads: int) -> None:
     setting.assert_close(case.run(setting.backend), case.expected)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128])
 def test_head_dims(setting: Setting, head_dim: int) -> None:
     shape = setting.shape._replace(head_dim=head_dim)
     case = make_case(setting, [(17, 1), (0, 1), (6, 5)], shape)
@@ -252,7 +252,7 @@ SEGMENTS = [
 
 
 @pytest.mark.parametrize("seqlens", SEGMENTS, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 72, 80])
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 80])
 def test_segments(setting: Setting, seqlens: list[int], head_dim: int) -> None:
     """Queries, keys and values lie in one product; those of other segments must not matter."""
     generator = torch.Generator().manual_seed(0)
