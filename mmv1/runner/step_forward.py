@@ -19,6 +19,7 @@ import torch
 from mmv1.models.interface import Model
 from mmv1.runner.attention.backend import AttentionBackend, AttentionMetadata, PagedAttention, RecordedLayout
 from mmv1.runner.attention.triton import (
+    MAX_UNEVEN_KEYS,
     UNEVEN_SPLITS,
     TileLayout,
     TritonBackend,
@@ -34,7 +35,11 @@ from mmv1.runner.platform import Platform
 _TILED_SIZES = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 129, 16), *range(160, 257, 32), 320, 384, 448, 512)
 GRAPH_SIZES = (*_TILED_SIZES, *range(640, 4097, 128))
 MOST_TILED = _TILED_SIZES[-1]
-_MOST_REQUESTS = 128  # of a larger recorded step; room for more would cost every step, used or not
+
+# Requests that a larger recorded step has room for. Room costs every step, used or not: a small one more of its time.
+_MOST_REQUESTS = 256
+_MOST_REQUESTS_OF_SMALLER = 128
+_SMALLER = 1024
 
 
 class _Recorded(NamedTuple):
@@ -96,8 +101,8 @@ class StepForward:
                 inputs[2 * size : 3 * size].fill_(-1)
                 columns, numbers = inputs.split([num_columns, layout.num_numbers])
                 run = partial(self._run_recorded, columns.view(-1, size), backend, layout, numbers)
-                result = run()  # loads the kernels, which a recording cannot
-                hidden = result.new_empty(result.shape) if hidden is None else hidden
+                warmed_up = run()  # loads the kernels, which a recording cannot
+                hidden = torch.empty_like(warmed_up) if hidden is None else hidden
                 replay, output = recorder.record(partial(_copy, run, hidden[:size]))
                 self._recorded.setdefault(size, []).append(_Recorded(size, layout, inputs, replay, output))
         self._sizes = sorted(self._recorded)
@@ -105,14 +110,16 @@ class StepForward:
     def _lay_out(self, size: int, attended: torch.Tensor) -> tuple[AttentionBackend, Sequence[RecordedLayout]]:
         table = self._block_table.tensor
         if size > MOST_TILED:
-            most_requests = min(len(table), _MOST_REQUESTS)
+            most_requests = min(len(table), _MOST_REQUESTS if size > _SMALLER else _MOST_REQUESTS_OF_SMALLER)
             layout = self._backend.layout(most_requests, table, self._block_size, attended)
             return self._backend, [] if layout is None else [layout]
         most_keys = self._block_table.width * self._block_size
         splits = choose_num_splits(size, self._num_kv_heads, most_keys, num_multiprocessors(self._platform.device))
         each = size, table, self._block_size, self._tile_tokens
-        even = TileLayout(*each, splits, attended)
-        return TritonBackend(), [even] if splits >= UNEVEN_SPLITS else [even, TileLayout(*each, UNEVEN_SPLITS, attended)]
+        if 2 * splits > UNEVEN_SPLITS or most_keys <= splits * MAX_UNEVEN_KEYS:
+            return TritonBackend(), [TileLayout(*each, splits, attended)]
+        even = TileLayout(*each, splits, attended, takes_uneven=False)
+        return TritonBackend(), [even, TileLayout(*each, UNEVEN_SPLITS, attended)]
 
     def _run_recorded(
         self, columns: torch.Tensor, backend: AttentionBackend, layout: RecordedLayout, numbers: torch.Tensor

@@ -85,15 +85,16 @@ def test_a_recorded_step_leaves_long_decodes_beside_chunks_to_launches_that_spli
     case = make_case(triton_setting, [(0, 3)])
     layout = triton_setting.backend.layout(3, case.metadata.block_table, 4, case.query)
     assert layout is not None
-    steps = [([1, 500], [8192, 90_000]), ([1, 500], [8193, 600]), ([2, 500], [90_000, 600]), ([1] * 4, [9] * 4)]
+    steps = [([1, 500], [3072, 90_000]), ([1, 500], [3073, 600]), ([2, 500], [90_000, 600]), ([1] * 4, [9] * 4)]
     assert [layout.fits(*map(np.array, step)) for step in steps] == [True, False, True, False]
 
 
 def test_one_long_request_among_short_ones_is_read_in_more_parts() -> None:
     table, output = torch.zeros(64, 8, dtype=torch.int32), torch.zeros(64, 28, 128)
-    few, many = (TileLayout(64, table, 16, 2, splits, output) for splits in (2, UNEVEN_SPLITS))
+    few = TileLayout(64, table, 16, 2, 2, output, takes_uneven=False)
+    many = TileLayout(64, table, 16, 2, UNEVEN_SPLITS, output)
     ones = np.ones(64, dtype=np.int64)
-    one_long = np.array([8193, *[1000] * 63])
+    one_long = np.array([4097, *[1000] * 63])
     steps = [(ones, ones * 1500), (ones, ones * 100_000), (ones, one_long), (ones, one_long - 1)]
     assert [few.fits(*step) for step in steps] == [True, True, False, True]
     assert all(many.fits(*step) for step in steps)

@@ -107,7 +107,7 @@ def test_large_steps_are_recorded_where_the_backend_can_be(
     expected = answers(make_driver(), prompts)
     monkeypatch.setattr(flash, "load", lambda: PACKAGE)
     monkeypatch.setattr("mmv1.runner.step_forward.MOST_TILED", 1)
-    monkeypatch.setattr("mmv1.runner.step_forward._MOST_REQUESTS", most_requests)
+    monkeypatch.setattr("mmv1.runner.step_forward._MOST_REQUESTS_OF_SMALLER", most_requests)
     monkeypatch.setattr("mmv1.runner.attention.triton._MAX_TILE_KEYS", 0)  # of small steps only
     driver = make_driver()
     driver.worker._runner._forward._backend = backend()
@@ -126,8 +126,9 @@ def test_uneven_steps_are_replayed_in_more_parts(
 ) -> None:
     prompts = [*prompts, make_prompt([70], image_token_id=image_token_id)] if is_uneven else prompts
     expected = answers(make_driver(), prompts)
-    monkeypatch.setattr("mmv1.runner.attention.triton._MAX_UNEVEN_KEYS", 0)
-    monkeypatch.setattr("mmv1.runner.attention.triton._KEYS_PER_SPLIT", 8)
+    for module in ("attention.triton", "step_forward"):
+        monkeypatch.setattr(f"mmv1.runner.{module}.MAX_UNEVEN_KEYS", 0)
+    monkeypatch.setattr("mmv1.runner.attention.triton._MOST_UNEVEN", 2.0)
     driver = make_driver()
     driver.worker._runner.record(SIZES)
     forward, splits = driver.worker._runner._forward, []
@@ -135,6 +136,12 @@ def test_uneven_steps_are_replayed_in_more_parts(
     forward._replay = lambda one, inputs: splits.append(one.layout._plan.num_splits) or replay(one, inputs)  # type: ignore[method-assign]
     assert answers(driver, prompts) == expected
     assert set(splits) == {UNEVEN_SPLITS if is_uneven else 1}
+
+
+def test_a_size_is_recorded_once_where_no_request_can_be_that_long(make_driver: MakeDriver) -> None:
+    driver = make_driver()
+    driver.worker._runner.record(SIZES)
+    assert {size: len(recorded) for size, recorded in driver.worker._runner._forward._recorded.items()} == {1: 1, 4: 1, 24: 1}
 
 
 def test_a_backend_that_cannot_be_recorded_leaves_large_steps_as_they_are(

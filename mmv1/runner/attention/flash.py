@@ -71,7 +71,7 @@ def _load_cute() -> FlashFunctions:
     can_be_recorded = into is not None and "out" in signature(into).parameters
 
     def paged(query: torch.Tensor, kv_cache: torch.Tensor, plan: _PagedPlan, scale: float) -> torch.Tensor:
-        function = flash_attn_varlen_func if plan.output is None else partial(into, out=plan.output)
+        function = partial(into, out=plan.output) if can_be_recorded else flash_attn_varlen_func
         # The longest query is not said: whether it is short would make two kernels of one, and the second while requests wait.
         return _first(function(
             query, kv_cache[0], kv_cache[1], cu_seqlens_q=plan.query_start_loc, seqused_k=plan.seq_lens,

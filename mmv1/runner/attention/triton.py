@@ -18,13 +18,13 @@ _KEYS_PER_SPLIT = 128  # at least, else the sum of the parts costs more than is 
 # Small tiles read a request's keys once per tile of a few tokens. Beyond as many keys in a step, the chunks of it taken together,
 # that is no longer little beside the rest of the step.
 _MAX_TILE_KEYS = 400_000
-# A step's attention ends with its longest program. Where a request is far longer than the others, and its keys would make such a
-# program, all keys are read in more parts.
+# A step's attention ends with its longest program, which takes some 40 ns a key. Where a request is so much longer than the
+# others that it would make one, all keys are read in more parts.
 UNEVEN_SPLITS = 16
-_MAX_UNEVEN_KEYS = 4096  # of one program, whatever the others have
-# Beside large chunks the keys of a recorded decode are not split: how many decodes there will be is not known. A program takes
-# some 0.1 ms for as many.
-_MAX_UNSPLIT_KEYS = 8192
+MAX_UNEVEN_KEYS = 2048  # of one program, whatever the others have
+_MOST_UNEVEN = 1.25  # times the mean
+# Beside large chunks the keys of a recorded decode are not split: how many decodes there will be is not known.
+_MAX_UNSPLIT_KEYS = 3072
 _PROGRAMS_PER_SM = 3
 
 
@@ -92,16 +92,18 @@ class TileLayout:
         tokens_per_tile: int,
         num_splits: int,
         output: torch.Tensor,
+        takes_uneven: bool = True,
     ) -> None:
+        """`takes_uneven`: steps with a request far longer than the others too; False where there is a better layout for them."""
         self.num_numbers = 4 * num_tiles
+        self._takes_uneven = takes_uneven
         self._plan = TilePlan(torch.empty(0), block_table, block_size, tokens_per_tile, num_splits, output)
 
     def fits(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> bool:
         chunks, num_splits = query_lens > 1, self._plan.num_splits
         num_chunk_keys = int((-(-query_lens[chunks] // self._plan.tokens_per_tile) * seq_lens[chunks]).sum())
-        longest, usual = seq_lens.max() / num_splits, 2 * seq_lens.mean() / num_splits
-        is_even = num_splits >= UNEVEN_SPLITS or longest <= max(_MAX_UNEVEN_KEYS, usual)
-        return num_chunk_keys <= _MAX_TILE_KEYS and bool(is_even)
+        is_even = seq_lens.max() <= max(MAX_UNEVEN_KEYS * num_splits, _MOST_UNEVEN * seq_lens.mean())
+        return num_chunk_keys <= _MAX_TILE_KEYS and bool(self._takes_uneven or is_even)
 
     def write(self, numbers: np.ndarray, rows: np.ndarray, query_lens: np.ndarray, computed: np.ndarray) -> None:
         tiles = numbers.reshape(4, -1)
