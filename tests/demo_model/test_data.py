@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo_model.data import CATEGORIES, SHAPES, Example, caption, draw_example, draw_question, held_out_questions
-from demo_model.scene import COLOURS, HELD_OUT_PAIRS, MAX_SIDE, MIN_SIDE, Item, Scene, render
+from demo_model.data import CATEGORIES, Example, draw_example, draw_question, held_out_questions
+from demo_model.questions import caption
+from demo_model.scene import COLOURS, HELD_OUT_PAIRS, MAX_SIDE, MIN_SIDE, SHAPES, Item, Scene, render
 from demo_model.words import is_held_out
 
 
