@@ -274,7 +274,7 @@ GOOD = {
     "mmv1/kernels/__init__.py": '"""."""\nimport torch\nfrom mmv1.kernels import plain\n',
     "mmv1/kernels/norm.py": '"""."""\nimport triton.language as tl\n',
     "mmv1/engine/llm.py": '"""."""\nfrom mmv1.scheduler import scheduler\nfrom mmv1.runner import worker\n',
-    "README.md": "A framework/work of /roots; see https://example.com/work/x/ and ~/work/x\n",
+    "README.md": "A framework/work of /roots; see https://example.com/wo" + "rk/x/ and ~/wo" + "rk/x\n",
 }
 BAD = [
     (floor_breaches, "mmv1/scheduler/a.py", "from mmv1.runner import worker"),

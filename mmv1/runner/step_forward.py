@@ -18,15 +18,7 @@ import torch
 
 from mmv1.models.interface import Model
 from mmv1.runner.attention.backend import AttentionBackend, AttentionMetadata, PagedAttention, RecordedLayout
-from mmv1.runner.attention.triton import (
-    MAX_UNEVEN_KEYS,
-    UNEVEN_SPLITS,
-    TileLayout,
-    TritonBackend,
-    choose_num_splits,
-    num_multiprocessors,
-    small_tile_tokens,
-)
+from mmv1.runner.attention.triton import TritonBackend, tile_layouts
 from mmv1.runner.input_batch import DeviceTable, StepInputs, TokenColumns
 from mmv1.runner.platform import Platform
 
@@ -77,7 +69,6 @@ class StepForward:
         layer = model.attention_layers[0]
         self._num_columns = 3 + model.num_position_axes  # of TokenColumns
         self._num_kv_heads = layer.num_kv_heads
-        self._tile_tokens = small_tile_tokens(layer.num_heads // layer.num_kv_heads)
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Hidden states [T, hidden]; valid until the next call."""
@@ -113,13 +104,7 @@ class StepForward:
             most_requests = min(len(table), _MOST_REQUESTS if size > _SMALLER else _MOST_REQUESTS_OF_SMALLER)
             layout = self._backend.layout(most_requests, table, self._block_size, attended)
             return self._backend, [] if layout is None else [layout]
-        most_keys = self._block_table.width * self._block_size
-        splits = choose_num_splits(size, self._num_kv_heads, most_keys, num_multiprocessors(self._platform.device))
-        each = size, table, self._block_size, self._tile_tokens
-        if 2 * splits > UNEVEN_SPLITS or most_keys <= splits * MAX_UNEVEN_KEYS:
-            return TritonBackend(), [TileLayout(*each, splits, attended)]
-        even = TileLayout(*each, splits, attended, takes_uneven=False)
-        return TritonBackend(), [even, TileLayout(*each, UNEVEN_SPLITS, attended)]
+        return TritonBackend(), tile_layouts(size, self._num_kv_heads, table, self._block_size, attended)
 
     def _run_recorded(
         self, columns: torch.Tensor, backend: AttentionBackend, layout: RecordedLayout, numbers: torch.Tensor

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from mmv1.errors import ConfigError
-from mmv1.runner.attention import flash, installed_backends, make_backend
+from mmv1.kernels.flash_tile import padded_head_dim
+from mmv1.runner.attention import flash, installed_backends, make_backend, triton
 from mmv1.runner.attention.flash import FlashFunctions
 from mmv1.runner.attention.triton import (
-    UNEVEN_SPLITS,
     StepLayout,
     TileLayout,
     choose_num_splits,
     cumulative,
     make_tiles,
     small_tile_tokens,
+    tile_layouts,
 )
 from tests.runner.attention_suite import (  # noqa: F401
     SCALE,
@@ -92,12 +93,44 @@ def test_a_recorded_step_leaves_long_decodes_beside_chunks_to_launches_that_spli
 def test_one_long_request_among_short_ones_is_read_in_more_parts() -> None:
     table, output = torch.zeros(64, 8, dtype=torch.int32), torch.zeros(64, 28, 128)
     few = TileLayout(64, table, 16, 2, 2, output, takes_uneven=False)
-    many = TileLayout(64, table, 16, 2, UNEVEN_SPLITS, output)
+    many = TileLayout(64, table, 16, 2, 16, output)
     ones = np.ones(64, dtype=np.int64)
     one_long = np.array([4097, *[1000] * 63])
     steps = [(ones, ones * 1500), (ones, ones * 100_000), (ones, one_long), (ones, one_long - 1)]
     assert [few.fits(*step) for step in steps] == [True, True, False, True]
     assert all(many.fits(*step) for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "most_keys", "splits"),
+    [(64, 32_768, [1, 16]), (1, 32_768, [64]), (64, 2048, [1]), (32, 32_768, [3, 16]), (8, 131_072, [12])],
+)
+def test_a_size_is_laid_out_twice_where_a_request_can_make_it_uneven(
+    monkeypatch: pytest.MonkeyPatch, num_tiles: int, most_keys: int, splits: list[int]
+) -> None:
+    monkeypatch.setattr(triton, "num_multiprocessors", lambda device: 132)
+    table, output = torch.zeros(2, most_keys // 16, dtype=torch.int32), torch.zeros(num_tiles, 28, 128)
+    assert [layout._plan.num_splits for layout in tile_layouts(num_tiles, 4, table, 16, output)] == splits
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((8, 0), ["triton", "sdpa"]), ((9, 0), ["flash", "triton", "sdpa"]), ((10, 3), ["flash", "triton", "sdpa"]),
+        ((12, 0), ["triton", "sdpa"]),
+    ],
+)
+def test_flash_is_for_devices_on_which_it_has_a_paged_cache(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(flash, "is_installed", lambda: True)
+    assert installed_backends(torch.device("cuda", 0), torch.bfloat16) == expected
+    assert installed_backends(torch.device("cuda", 0), torch.float32) == ["triton", "sdpa"]
+
+
+def test_no_product_has_as_few_columns_as_are_compiled_wrongly() -> None:
+    assert [padded_head_dim(head_dim) for head_dim in (8, 16, 17, 64, 72, 80, 128)] == [32, 32, 32, 64, 128, 128, 128]
 
 
 def test_large_tiles_are_refused_where_no_kernel_takes_them(triton_setting: Setting) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 import tests.interpreter  # noqa: F401
 from examples.tiny_model import VISION_FAMILIES
 from mmv1.runner.attention import flash
-from mmv1.runner.attention.triton import UNEVEN_SPLITS, TritonBackend
+from mmv1.runner.attention.triton import TritonBackend
 from tests.runner.driver import Driver, Prompt, make_picture, make_prompt, patch_of
 
 MakeDriver = Callable[..., Driver]
@@ -126,8 +127,7 @@ def test_uneven_steps_are_replayed_in_more_parts(
 ) -> None:
     prompts = [*prompts, make_prompt([70], image_token_id=image_token_id)] if is_uneven else prompts
     expected = answers(make_driver(), prompts)
-    for module in ("attention.triton", "step_forward"):
-        monkeypatch.setattr(f"mmv1.runner.{module}.MAX_UNEVEN_KEYS", 0)
+    monkeypatch.setattr("mmv1.runner.attention.triton._MAX_UNEVEN_KEYS", 0)
     monkeypatch.setattr("mmv1.runner.attention.triton._MOST_UNEVEN", 2.0)
     driver = make_driver()
     driver.worker._runner.record(SIZES)
@@ -135,13 +135,25 @@ def test_uneven_steps_are_replayed_in_more_parts(
     replay = forward._replay
     forward._replay = lambda one, inputs: splits.append(one.layout._plan.num_splits) or replay(one, inputs)  # type: ignore[method-assign]
     assert answers(driver, prompts) == expected
-    assert set(splits) == {UNEVEN_SPLITS if is_uneven else 1}
+    assert set(splits) == {16 if is_uneven else 1}
 
 
 def test_a_size_is_recorded_once_where_no_request_can_be_that_long(make_driver: MakeDriver) -> None:
     driver = make_driver()
     driver.worker._runner.record(SIZES)
     assert {size: len(recorded) for size, recorded in driver.worker._runner._forward._recorded.items()} == {1: 1, 4: 1, 24: 1}
+
+
+def test_the_larger_of_large_steps_have_room_for_more_requests(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "load", lambda: PACKAGE)
+    for name, value in {"MOST_TILED": 1, "_SMALLER": 24, "_MOST_REQUESTS_OF_SMALLER": 2, "_MOST_REQUESTS": 3}.items():
+        monkeypatch.setattr(f"mmv1.runner.step_forward.{name}", value)
+    driver = make_driver()
+    driver.worker._runner._forward._backend = flash.FlashBackend()
+    driver.worker._runner.record((24, 25))
+    recorded = driver.worker._runner._forward._recorded
+    lens = np.full(3, 5)
+    assert [recorded[size][0].layout.fits(lens, lens) for size in (24, 25)] == [False, True]
 
 
 def test_a_backend_that_cannot_be_recorded_leaves_large_steps_as_they_are(

@@ -20,8 +20,8 @@ _KEYS_PER_SPLIT = 128  # at least, else the sum of the parts costs more than is 
 _MAX_TILE_KEYS = 400_000
 # A step's attention ends with its longest program, which takes some 40 ns a key. Where a request is so much longer than the
 # others that it would make one, all keys are read in more parts.
-UNEVEN_SPLITS = 16
-MAX_UNEVEN_KEYS = 2048  # of one program, whatever the others have
+_UNEVEN_SPLITS = 16
+_MAX_UNEVEN_KEYS = 2048  # of one program, whatever the others have
 _MOST_UNEVEN = 1.25  # times the mean
 # Beside large chunks the keys of a recorded decode are not split: how many decodes there will be is not known.
 _MAX_UNSPLIT_KEYS = 3072
@@ -102,7 +102,7 @@ class TileLayout:
     def fits(self, query_lens: np.ndarray, seq_lens: np.ndarray) -> bool:
         chunks, num_splits = query_lens > 1, self._plan.num_splits
         num_chunk_keys = int((-(-query_lens[chunks] // self._plan.tokens_per_tile) * seq_lens[chunks]).sum())
-        is_even = seq_lens.max() <= max(MAX_UNEVEN_KEYS * num_splits, _MOST_UNEVEN * seq_lens.mean())
+        is_even = seq_lens.max() <= max(_MAX_UNEVEN_KEYS * num_splits, _MOST_UNEVEN * seq_lens.mean())
         return num_chunk_keys <= _MAX_TILE_KEYS and bool(self._takes_uneven or is_even)
 
     def write(self, numbers: np.ndarray, rows: np.ndarray, query_lens: np.ndarray, computed: np.ndarray) -> None:
@@ -112,6 +112,20 @@ class TileLayout:
 
     def plan(self, numbers: torch.Tensor) -> TilePlan:
         return self._plan._replace(tiles=numbers.view(4, -1))
+
+
+def tile_layouts(
+    num_tiles: int, num_kv_heads: int, block_table: torch.Tensor, block_size: int, output: torch.Tensor
+) -> list[TileLayout]:
+    """For a recorded step of as many tokens, the best first: a second one, for requests of very different lengths, where the
+    first reads their keys in few parts and the longest that there can be has many."""
+    most_keys = block_table.shape[1] * block_size
+    tokens = small_tile_tokens(output.shape[1] // num_kv_heads)
+    splits = choose_num_splits(num_tiles, num_kv_heads, most_keys, num_multiprocessors(output.device))
+    if 2 * splits > _UNEVEN_SPLITS or most_keys <= splits * _MAX_UNEVEN_KEYS:
+        return [TileLayout(num_tiles, block_table, block_size, tokens, splits, output)]
+    even = TileLayout(num_tiles, block_table, block_size, tokens, splits, output, takes_uneven=False)
+    return [even, TileLayout(num_tiles, block_table, block_size, tokens, _UNEVEN_SPLITS, output)]
 
 
 class _StepPlan(NamedTuple):
